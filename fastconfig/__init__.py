@@ -1,0 +1,11 @@
+"""Conflict-free gradients for training on several losses. Start with ``combine`` or ``GradientBuffer``."""
+
+from fastconfig.api import combine, gramian
+from fastconfig.buffer import GradientBuffer
+from fastconfig.combination import Combination
+from fastconfig.diagnostics import show_config
+from fastconfig.methods import ConFIG, Method
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["Combination", "ConFIG", "GradientBuffer", "Method", "combine", "gramian", "show_config"]

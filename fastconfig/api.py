@@ -1,0 +1,76 @@
+"""combine() and gramian(): validate, pick a backend, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastconfig import backends
+from fastconfig.combination import combine_rows
+from fastconfig.methods import ConFIG, Method
+from fastconfig.validation import check_out, check_rows, complex_dtype_of
+
+_DEFAULT_METHOD = ConFIG()
+
+
+def combine(
+    grads: Tensor | Sequence[Tensor],
+    method: Method | None = None,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Combine the losses' gradients into one update, Σ c_i g_i with c from ``method``.
+
+    Args:
+        grads: (m, n) tensor, or a sequence of m vectors of shape (n,) that are then not stacked: one gradient a loss.
+            float32, float64, bfloat16, float16 or complex (combined as its real view). m ≥ 1, n ≥ 0.
+        method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
+        out: (n,) contiguous tensor of the rows' dtype and device to write to, apart from ``grads`` in memory.
+        backend: "auto", "cpu" or "reference"; by default FASTCONFIG_BACKEND, or "auto".
+
+    Returns:
+        (n,) tensor of the rows' dtype on their device; ``out`` where given. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: bad input; the message names argument, value and remedy. Nothing has been written.
+        FloatingPointError: a gradient is not finite and the method raises on it. Nothing has been written.
+        RuntimeError: the named backend cannot run here.
+
+    Source: ConFIG, arXiv 2408.11104, eq. 2 to 4, for the default method.
+
+    Example:
+        >>> import torch, fastconfig as fc
+        >>> fc.combine(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+        tensor([0.1588, 2.0706, 2.0706])
+    """
+    rows = check_rows(grads)
+    complex_dtype = complex_dtype_of(grads)
+    if out is not None:
+        target, result = check_out(out, rows, complex_dtype), out
+    else:
+        target = result = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
+        if complex_dtype is not None:
+            result = torch.view_as_complex(target.view(-1, 2))
+    combine_rows(backends.select(rows.device, backend), rows, method or _DEFAULT_METHOD, target)
+    return result
+
+
+def gramian(grads: Tensor | Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """The Gramian K of the losses' gradients, K_ij = g_i · g_j, accumulated in float64.
+
+    Args:
+        grads: as in ``combine``; of complex gradients the real part of the inner products is taken.
+        backend: as in ``combine``.
+
+    Returns:
+        (m, m) float64 tensor on the gradients' device, symmetric to the bit.
+
+    Raises:
+        TypeError, ValueError: bad input; the message names argument, value and remedy.
+        RuntimeError: the named backend cannot run here.
+    """
+    rows = check_rows(grads)
+    return backends.select(rows.device, backend).gramian(rows)

@@ -1,0 +1,133 @@
+"""The specification: every function of a backend in plain PyTorch, float64 inside, on any device.
+
+Each function states one clause of the numerics contract. The compiled backends are tested against this file, so it is
+written to be read and checked by hand, not to be fast: it holds at most a few chunks of columns in float64 at a time,
+synchronises nothing, and branches on no tensor's value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastconfig.backends.rules import ConFIGRule, nonfinite_message
+from fastconfig.validation import Rows
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of one float64 chunk, 32 MiB: the reference's working memory, whatever n is."""
+
+
+def available() -> str | None:
+    """Why this backend cannot run here: never, so None."""
+    return None
+
+
+def gramian(rows: Rows) -> Tensor:
+    """K = G Gᵀ, accumulated in float64 from inputs of any float dtype. Returns (m, m) float64 on the rows' device."""
+    total = torch.zeros(rows.m, rows.m, dtype=torch.float64, device=rows.device)
+    for chunk, _ in _chunks(rows):
+        total += chunk @ chunk.T
+    return total
+
+
+def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
+    """out = Σ c_i g_i, accumulated in float64 and rounded once; a row of weight 0 is not read, so its NaN stays out.
+
+    Args:
+        rows: m rows of n elements.
+        weights: (m,) float64, the coefficients c, on the rows' device.
+        out: (n,) of the rows' dtype, overwritten.
+    """
+    used = (weights != 0).unsqueeze(1)
+    for chunk, columns in _chunks(rows):
+        out[columns] = (weights @ torch.where(used, chunk, 0.0)).to(out.dtype)
+
+
+def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
+    """ConFIG's coefficients c from the Gramian alone: g = Σ c_i g_i.
+
+    With unit rows u_i = g_i/|g_i| stacked in U and direction weights ŵ, ConFIG's direction is d = U⁺ŵ (ConFIG paper,
+    eq. 2 and 3). As U⁺ = Uᵀ(UUᵀ)⁺, only C = UUᵀ is needed: a = C⁺ŵ, d = Σ a_i u_i, |d|² = ŵᵀC⁺ŵ = aᵀŵ.
+
+    - Active rows have K_ii > 0; the others get weight 0.
+    - Eigenvalues of C at or under rtol·λ_max count as zero.
+    - |d|² counts as zero, and the answer is the zero vector, where ŵᵀC⁺ŵ·λ_max ≤ rtol·|ŵ|²: then ŵ has no more than
+      √rtol of its length in the range of C, which is what rounding leaves of an exact opposition.
+    - A non-finite row makes every weight NaN ("propagate"), is inactive ("drop") or raises ("raise").
+
+    Args:
+        gramian: (m, m) float64.
+        rule: direction weights, length model, rtol, treatment of non-finite rows.
+
+    Returns:
+        (m,) float64 on the Gramian's device.
+
+    Raises:
+        FloatingPointError: a row is not finite and the rule says "raise"; reading that synchronises.
+    """
+    if rule.nonfinite == "raise":
+        _raise_if_nonfinite(gramian)
+    direction = rule.direction_tensor(gramian)
+    coefficients, norms, cosines = _unit_direction(gramian, direction, rule)
+    length = rule.length_of(norms, cosines)
+    # Select, never multiply: 0·∞ must not turn an opposed pair's zero into NaN.
+    weights = torch.where(coefficients == 0, coefficients, coefficients * length)
+    if rule.nonfinite == "drop":
+        return weights
+    finite = torch.isfinite(gramian.diagonal()).all()
+    return torch.where(finite, weights, torch.nan)
+
+
+def config_combine(
+    rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
+) -> None:
+    """The whole of ConFIG: Gramian, weights, and the combination into ``out`` (n,), with K and c kept where asked."""
+    k = gramian(rows)
+    c = config_weights(k, rule)
+    apply(rows, c, out)
+    if gramian_out is not None:
+        gramian_out.copy_(k)
+    if weights_out is not None:
+        weights_out.copy_(c)
+
+
+def _raise_if_nonfinite(gramian: Tensor) -> None:
+    bad = (~torch.isfinite(gramian.diagonal())).nonzero().flatten().tolist()
+    if bad:
+        raise FloatingPointError(nonfinite_message(bad[0]))
+
+
+def _unit_direction(gramian: Tensor, direction: Tensor, rule: ConFIGRule) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, |g|, cos): g_u = Σ b_i g_i of unit length, the rows' norms, and their cosines with g_u; 0 where inactive."""
+    squares = gramian.diagonal()
+    active = torch.isfinite(squares) & (squares > 0)
+    norms = torch.where(active, squares, 0.0).sqrt()
+    inverse = torch.where(active, 1.0 / norms, 0.0)
+    pairs = active.unsqueeze(0) & active.unsqueeze(1)
+    unit = torch.where(pairs, gramian, 0.0) * inverse.unsqueeze(0) * inverse.unsqueeze(1)
+    unit = torch.where(torch.eye(len(unit), dtype=torch.bool, device=unit.device) & pairs, 1.0, unit)
+    direction = torch.where(active, direction, 0.0)
+
+    eigenvalues, vectors = torch.linalg.eigh(unit)
+    largest = eigenvalues[-1]
+    kept = eigenvalues > (rule.rtol * largest).clamp(min=0.0)
+    solution = vectors @ torch.where(kept, (vectors.T @ direction) / torch.where(kept, eigenvalues, 1.0), 0.0)
+
+    square = solution @ direction
+    opposed = square * largest <= rule.rtol * (direction @ direction)
+    scale = torch.where(opposed, 0.0, 1.0 / square.clamp(min=0.0).sqrt())
+    along = torch.where(opposed, 0.0, solution * scale)
+    return along * inverse, norms, unit @ along
+
+
+def _chunks(rows: Rows) -> Iterator[tuple[Tensor, slice]]:
+    """The rows in float64, a chunk of columns at a time: (m, ≤ columns), and where those columns lie."""
+    columns = max(1, CHUNK_ELEMENTS // rows.m)
+    for start in range(0, rows.n, columns):
+        where = slice(start, min(start + columns, rows.n))
+        if rows.matrix is not None:
+            yield rows.matrix[:, where].to(torch.float64), where
+        else:
+            yield torch.stack([vector[where].to(torch.float64) for vector in rows.vectors]), where

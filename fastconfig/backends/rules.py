@@ -1,0 +1,70 @@
+"""The methods' parameters as backends read them: validated, immutable, hashable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+LengthName = Literal["projection", "minimum", "maximum", "harmonic", "arithmetic", "geometric"]
+LengthModel = Callable[[Tensor, Tensor], "Tensor | float"]
+NonFinite = Literal["propagate", "drop", "raise"]
+
+LENGTH_NAMES: tuple[str, ...] = get_args(LengthName)
+NONFINITE_NAMES: tuple[str, ...] = get_args(NonFinite)
+
+
+@dataclass(frozen=True)
+class ConFIGRule:
+    """ConFIG's parameters, validated: what a backend needs besides the Gramian."""
+
+    direction: tuple[float, ...] | None
+    length: str | int | LengthModel
+    rtol: float
+    nonfinite: str
+
+    def direction_tensor(self, gramian: Tensor) -> Tensor:
+        """ŵ as an (m,) float64 tensor beside the Gramian."""
+        if self.direction is None:
+            return gramian.new_ones(len(gramian))
+        return gramian.new_tensor(self.direction)
+
+    def check_losses(self, m: int) -> None:
+        """Raise ValueError unless the rule fits m losses."""
+        if self.direction is not None and len(self.direction) != m:
+            raise ValueError(f"weights has {len(self.direction)} entries for {m} losses; pass one weight a loss")
+        if isinstance(self.length, int) and not -m <= self.length < m:
+            raise ValueError(f"length={self.length} tracks a loss that does not exist; pass 0 to {m - 1}")
+
+    def length_of(self, norms: Tensor, cosines: Tensor) -> Tensor:
+        """L from the rows' norms (m,) and their cosines with the direction (m,); rows of norm 0 take no part."""
+        if callable(self.length):
+            return torch.as_tensor(self.length(norms, cosines), dtype=norms.dtype, device=norms.device)
+        if self.length == "projection":
+            return norms @ cosines
+        return self._tracked_norm(norms) * cosines.sum()
+
+    def _tracked_norm(self, norms: Tensor) -> Tensor:
+        """The norm that every gradient is rescaled to before its projection is taken (ConFIG paper, appendix A.3)."""
+        active = norms > 0
+        count = active.sum()
+        if isinstance(self.length, int):
+            return norms[self.length]
+        if self.length == "minimum":
+            return torch.where(active, norms, torch.inf).min().nan_to_num(posinf=0.0)
+        if self.length == "maximum":
+            return norms.max()
+        if self.length == "arithmetic":
+            return norms.sum() / count.clamp(min=1)
+        if self.length == "harmonic":
+            return count / torch.where(active, 1.0 / norms, 0.0).sum().clamp(min=torch.finfo(norms.dtype).tiny)
+        # The logarithm keeps the product of many norms from leaving float64's range.
+        return torch.where(active, norms, 1.0).log().sum().div(count.clamp(min=1)).exp() * (count > 0)
+
+
+def nonfinite_message(row: int) -> str:
+    """What is said of the first row that is not finite."""
+    return f"the gradient of loss {row} holds inf or NaN; skip this step, or use nonfinite='drop' or 'propagate'"

@@ -1,0 +1,103 @@
+"""The combination itself, Gramian -> weights -> combined gradient, over one or several segments, and its record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastconfig import backends
+from fastconfig.backends import Backend
+from fastconfig.methods import ConFIG, Method
+from fastconfig.validation import Rows, check_method_weights
+
+
+def combine_rows(
+    backend: Backend,
+    rows: Rows,
+    method: Method,
+    out: Tensor,
+    gramian_out: Tensor | None = None,
+    weights_out: Tensor | None = None,
+) -> None:
+    """Combine validated rows into ``out`` (n,), and keep K (m, m) and c (m,) where tensors for them are given."""
+    if type(method) is ConFIG:
+        method.rule.check_losses(rows.m)
+        backend.config_combine(rows, method.rule, out, gramian_out, weights_out)
+        return
+    gramian = backend.gramian(rows)
+    weights = check_method_weights(_weights_of(method, gramian), gramian, method)
+    backend.apply(rows, weights, out)
+    if gramian_out is not None:
+        gramian_out.copy_(gramian)
+    if weights_out is not None:
+        weights_out.copy_(weights)
+
+
+def combine_segments(segments: Sequence[tuple[Rows, Tensor]], method: Method, gramian: Tensor, weights: Tensor) -> None:
+    """Combine segments of columns as one problem: the Gramian is additive over columns, the weights are shared.
+
+    Args:
+        segments: for each, its rows and its (n_segment,) output. Dtypes and devices may differ between segments.
+        method: the rule from the summed Gramian to the weights.
+        gramian: (m, m) float64, overwritten with K, on the device where the method is to run.
+        weights: (m,) float64, overwritten with c, on the same device.
+    """
+    if len(segments) == 1:
+        rows, out = segments[0]
+        combine_rows(backends.select(rows.device), rows, method, out, gramian, weights)
+        return
+    gramian.zero_()
+    for rows, _ in segments:
+        gramian += backends.select(rows.device).gramian(rows).to(gramian.device)
+    weights.copy_(check_method_weights(_weights_of(method, gramian), gramian, method))
+    for rows, out in segments:
+        backends.select(rows.device).apply(rows, weights.to(rows.device), out)
+
+
+def _weights_of(method: Method, gramian: Tensor) -> object:
+    if not callable(getattr(method, "weights", None)):
+        raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
+    return method.weights(gramian)
+
+
+class Combination:
+    """What one combination was made of. Everything derived is computed when read, so a step pays for none of it.
+
+    Attributes:
+        gramian: (m, m) float64, K_ij = g_i · g_j.
+        weights: (m,) float64, the coefficients c of Σ c_i g_i.
+    """
+
+    def __init__(self, gramian: Tensor, weights: Tensor, rtol: float) -> None:
+        self.gramian = gramian
+        self.weights = weights
+        self._rtol = rtol
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """(m,) float64: the gradients' norms |g_i|."""
+        return self.gramian.diagonal().sqrt()
+
+    @cached_property
+    def cosines(self) -> Tensor:
+        """(m, m) float64: cosines between the gradients, 0 with a zero gradient; 1 on the diagonal of the others."""
+        inverse = torch.where(self.norms > 0, 1.0 / self.norms, 0.0)
+        cosines = self.gramian * inverse.unsqueeze(0) * inverse.unsqueeze(1)
+        return cosines.clamp(-1.0, 1.0)
+
+    @cached_property
+    def rank(self) -> int:
+        """How many independent directions the gradients span: eigenvalues of the cosines over rtol·λ_max.
+
+        Reading it waits for the device. Non-finite gradients have no rank: 0.
+        """
+        if not bool(torch.isfinite(self.cosines).all()):
+            return 0
+        eigenvalues = torch.linalg.eigvalsh(self.cosines)
+        return int((eigenvalues > self._rtol * eigenvalues[-1].clamp(min=0.0)).sum())
+
+    def __repr__(self) -> str:
+        return f"Combination(weights={self.weights.tolist()}, norms={self.norms.tolist()})"
