@@ -1,20 +1,126 @@
-"""The compiled CPU backend: ``csrc/`` on the tensors' own memory, no copies. Meaning of each function: ``reference``."""
+"""The compiled CPU backend: ``csrc/`` on the tensors' own memory, nothing copied. Meaning of each function: reference."""
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (first: it loads the OpenMP runtime that the core then shares)
+import os
+from functools import lru_cache
+
+import torch  # first: it loads the OpenMP runtime that the core then shares
 from torch import Tensor
 
 from fastconfig.backends import reference
-from fastconfig.backends.rules import ConFIGRule
+from fastconfig.backends.rules import LENGTH_NAMES, NONFINITE_NAMES, ConFIGRule, nonfinite_message
 from fastconfig.validation import Rows
+
+try:
+    from fastconfig import _core
+except ImportError as error:
+    _core = None
+    _IMPORT_ERROR = str(error)
+else:
+    _DTYPES = {
+        torch.float32: _core.DType.float32,
+        torch.float64: _core.DType.float64,
+        torch.bfloat16: _core.DType.bfloat16,
+        torch.float16: _core.DType.float16,
+    }
+    if "FASTCONFIG_ISA" in os.environ:
+        _core.use_tier(os.environ["FASTCONFIG_ISA"])
 
 
 def available() -> str | None:
     """Why the compiled core cannot run here, or None where it can."""
-    return "not built yet"
+    return f"the compiled core could not be imported ({_IMPORT_ERROR})" if _core is None else None
 
-gramian=reference.gramian
-apply=reference.apply
-config_weights=reference.config_weights
-config_combine=reference.config_combine
+
+def tiers() -> list[str]:
+    """The ISA tiers this machine can run, weakest first."""
+    return list(_core.tiers())
+
+
+def active_tier() -> str:
+    """The ISA tier in use: the strongest, or the one FASTCONFIG_ISA or ``use_tier`` forced."""
+    return str(_core.active_tier())
+
+
+def use_tier(name: str) -> None:
+    """Force an ISA tier for the whole process. ValueError where this machine cannot run it."""
+    _core.use_tier(name)
+
+
+def gramian(rows: Rows) -> Tensor:
+    """As reference.gramian, in one pass over the rows."""
+    result = torch.empty(rows.m, rows.m, dtype=torch.float64)
+    _core.gramian(_addresses(rows), rows.n, _DTYPES[rows.dtype], result.data_ptr(), torch.get_num_threads())
+    return result
+
+
+def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
+    """As reference.apply, in one pass over the rows of non-zero weight, each output written once."""
+    weights = weights.to(torch.float64).contiguous()
+    _core.apply(
+        _addresses(rows),
+        rows.n,
+        _DTYPES[rows.dtype],
+        weights.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
+    """As reference.config_weights; a callable length model runs there."""
+    if callable(rule.length):
+        return reference.config_weights(gramian, rule)
+    gramian = gramian.contiguous()
+    weights = torch.empty(len(gramian), dtype=torch.float64)
+    bad = _core.config_weights(gramian.data_ptr(), len(gramian), _native(rule, len(gramian)), weights.data_ptr())
+    if bad != _core.FINITE:
+        raise FloatingPointError(nonfinite_message(bad))
+    return weights
+
+
+def config_combine(
+    rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
+) -> None:
+    """As reference.config_combine, in one call into the core: two passes over the rows."""
+    if callable(rule.length):
+        kept = gramian(rows)
+        weights = reference.config_weights(kept, rule)
+        apply(rows, weights, out)
+        if gramian_out is not None:
+            gramian_out.copy_(kept)
+        if weights_out is not None:
+            weights_out.copy_(weights)
+        return
+    bad = _core.config_combine(
+        _addresses(rows),
+        rows.n,
+        _DTYPES[rows.dtype],
+        _native(rule, rows.m),
+        out.data_ptr(),
+        0 if gramian_out is None else gramian_out.data_ptr(),
+        0 if weights_out is None else weights_out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad != _core.FINITE:
+        raise FloatingPointError(nonfinite_message(bad))
+
+
+def _addresses(rows: Rows) -> tuple[int, int, int] | list[int]:
+    """Where the rows are: (first address, bytes between rows, m), or the address of each."""
+    matrix = rows.matrix
+    if matrix is None:
+        return [vector.data_ptr() for vector in rows.vectors]
+    return matrix.data_ptr(), matrix.stride(0) * matrix.element_size(), rows.m
+
+
+@lru_cache(maxsize=256)
+def _native(rule: ConFIGRule, m: int) -> _core.ConfigRule:
+    """The rule as the core reads it; a negative index of a tracked loss counts from the end."""
+    tracks_one = isinstance(rule.length, int)
+    length = len(LENGTH_NAMES) if tracks_one else LENGTH_NAMES.index(str(rule.length))
+    tracked = rule.length % m if tracks_one else 0
+    return _core.ConfigRule(
+        list(rule.direction or ()), length, tracked, rule.rtol, NONFINITE_NAMES.index(rule.nonfinite)
+    )

@@ -1,0 +1,111 @@
+// The Python module fastconfig._core: addresses in, results in place. Checks nothing that fastconfig.validation has.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace py = pybind11;
+
+namespace fastconfig {
+namespace {
+
+constexpr int kMostTiers = 3;
+
+std::vector<const Tier*> tiers() {
+    const Tier* found[kMostTiers];
+    return std::vector<const Tier*>(found, found + available_tiers(found, kMostTiers));
+}
+
+const Tier* active_tier = tiers().back();
+
+void use_tier(const std::string& name) {
+    for (const Tier* tier : tiers())
+        if (name == tier->name) {
+            active_tier = tier;
+            return;
+        }
+    throw std::invalid_argument("this machine cannot run ISA tier '" + name + "'");
+}
+
+double* doubles(std::uintptr_t address) { return reinterpret_cast<double*>(address); }
+
+// Where the rows are, given as (first address, bytes between rows, m) or as a list of m addresses.
+std::vector<const void*> addresses(const py::handle& rows) {
+    std::vector<const void*> result;
+    if (PyTuple_Check(rows.ptr())) {
+        const auto [first, step, m] = py::cast<std::tuple<std::uintptr_t, std::intptr_t, int64_t>>(rows);
+        result.reserve(m);
+        for (int64_t i = 0; i < m; ++i) result.push_back(reinterpret_cast<const void*>(first + i * step));
+    } else {
+        for (const py::handle address : py::cast<py::list>(rows))
+            result.push_back(reinterpret_cast<const void*>(py::cast<std::uintptr_t>(address)));
+    }
+    return result;
+}
+
+void gramian(const py::handle& where, int64_t n, DType dtype, std::uintptr_t out, int threads) {
+    const std::vector<const void*> row = addresses(where);
+    py::gil_scoped_release release;
+    Engine{active_tier, threads}.gramian({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(out));
+}
+
+void apply(const py::handle& where, int64_t n, DType dtype, std::uintptr_t weights, std::uintptr_t out, int threads) {
+    const std::vector<const void*> row = addresses(where);
+    py::gil_scoped_release release;
+    Engine{active_tier, threads}.apply({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(weights),
+                                       reinterpret_cast<void*>(out));
+}
+
+// gramian and weights may be 0: then they are kept nowhere.
+int64_t config_combine(const py::handle& where, int64_t n, DType dtype, const ConfigRule& rule, std::uintptr_t out,
+                       std::uintptr_t gramian, std::uintptr_t weights, int threads) {
+    const std::vector<const void*> row = addresses(where);
+    const int64_t m = static_cast<int64_t>(row.size());
+    py::gil_scoped_release release;
+    std::vector<double> own((gramian ? 0 : m * m) + (weights ? 0 : m));
+    double* k = gramian ? doubles(gramian) : own.data();
+    double* c = weights ? doubles(weights) : own.data() + own.size() - m;
+    return Engine{active_tier, threads}.config_combine({row.data(), m, n, dtype}, rule, reinterpret_cast<void*>(out),
+                                                       k, c);
+}
+
+int64_t config_weights(std::uintptr_t gramian, int64_t m, const ConfigRule& rule, std::uintptr_t weights) {
+    py::gil_scoped_release release;
+    return rule.weights(doubles(gramian), m, doubles(weights));
+}
+
+std::vector<std::string> tier_names() {
+    std::vector<std::string> names;
+    for (const Tier* tier : tiers()) names.emplace_back(tier->name);
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+    module.doc() = "The compiled core of fastconfig. Private: fastconfig.backends.cpu is its only user.";
+    py::enum_<DType>(module, "DType")
+        .value("float32", DType::float32)
+        .value("float64", DType::float64)
+        .value("bfloat16", DType::bfloat16)
+        .value("float16", DType::float16);
+    py::class_<ConfigRule>(module, "ConfigRule")
+        .def(py::init([](std::vector<double> direction, int length, int64_t tracked, double rtol, int nonfinite) {
+            return ConfigRule{std::move(direction), static_cast<Length>(length), tracked, rtol,
+                              static_cast<NonFinite>(nonfinite)};
+        }));
+    module.attr("FINITE") = ConfigRule::kFinite;
+    module.def("gramian", &gramian);
+    module.def("apply", &apply);
+    module.def("config_combine", &config_combine);
+    module.def("config_weights", &config_weights);
+    module.def("tiers", &tier_names, "ISA tiers this machine can run, weakest first.");
+    module.def("active_tier", [] { return active_tier->name; });
+    module.def("use_tier", &use_tier);
+}
+
+}  // namespace fastconfig

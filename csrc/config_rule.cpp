@@ -1,0 +1,176 @@
+#include "config_rule.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "eigen.hpp"
+
+namespace fastconfig {
+namespace {
+
+// The active rows: unit Gramian C (k, k), their norms and direction weights.
+struct Active {
+    std::vector<int64_t> index;
+    std::vector<double> norm, direction, unit;
+    int64_t size() const { return static_cast<int64_t>(index.size()); }
+};
+
+Active active_rows(const double* gramian, int64_t m, const std::vector<double>& direction) {
+    Active active;
+    for (int64_t i = 0; i < m; ++i) {
+        const double square = gramian[i * m + i];
+        if (!(std::isfinite(square) && square > 0.0)) continue;
+        active.index.push_back(i);
+        active.norm.push_back(std::sqrt(square));
+        active.direction.push_back(direction.empty() ? 1.0 : direction[i]);
+    }
+    const int64_t k = active.size();
+    active.unit.resize(k * k);
+    for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < k; ++j)
+            active.unit[i * k + j] = i == j ? 1.0
+                                            : gramian[active.index[i] * m + active.index[j]] *
+                                                  (1.0 / active.norm[j]) * (1.0 / active.norm[i]);
+    return active;
+}
+
+double dot(const double* a, const double* b, int64_t count) {
+    double total = 0.0;
+    for (int64_t i = 0; i < count; ++i) total += a[i] * b[i];
+    return total;
+}
+
+// Solves C a = w by Cholesky where C is certified to have no eigenvalue that the contract would truncate.
+//
+// Why this equals the contract's truncated pseudo-inverse. C has unit diagonal, so λ_max ≤ trace C = k. With C = LLᵀ,
+// |L⁻¹|_F² = trace C⁻¹ ≥ 1/λ_min. Hence rtol·k·|L⁻¹|_F² < 1 implies λ_min > rtol·k ≥ rtol·λ_max: nothing is truncated
+// and C⁺ = C⁻¹. The test errs on the safe side by a factor of k² at most; what it does not certify is left to the
+// eigen-decomposition, which is the contract's own definition. Rounding cannot certify wrongly by more than rounding:
+// both factors are backward stable, so the bound holds for a matrix within k·2⁻⁵³ of C, far under rtol.
+bool solve_regular(const Active& active, double rtol, std::vector<double>& solution) {
+    const int64_t k = active.size();
+    std::vector<double> l(active.unit), inverse(k * k, 0.0);
+    const double smallest_pivot = std::max(rtol * k, std::numeric_limits<double>::epsilon() * k);
+    for (int64_t i = 0; i < k; ++i) {
+        for (int64_t j = 0; j < i; ++j) l[i * k + j] = (l[i * k + j] - dot(&l[i * k], &l[j * k], j)) / l[j * k + j];
+        const double pivot = l[i * k + i] - dot(&l[i * k], &l[i * k], i);
+        if (!(pivot > smallest_pivot)) return false;  // every pivot is at least λ_min
+        l[i * k + i] = std::sqrt(pivot);
+    }
+    // Row i of L⁻¹ is minus (row i of L before the diagonal) times the rows above, over the pivot.
+    double trace = 0.0;
+    for (int64_t i = 0; i < k; ++i) {
+        double* row = &inverse[i * k];
+        const double scale = 1.0 / l[i * k + i];
+        for (int64_t j = 0; j < i; ++j) {
+            const double factor = -scale * l[i * k + j];
+            for (int64_t e = 0; e <= j; ++e) row[e] += factor * inverse[j * k + e];
+        }
+        row[i] = scale;
+        trace += dot(row, row, i + 1);
+    }
+    if (!(rtol * k * trace < 1.0)) return false;
+    solution.assign(k, 0.0);
+    for (int64_t i = 0; i < k; ++i) {
+        const double forward = dot(&inverse[i * k], active.direction.data(), i + 1);
+        for (int64_t e = 0; e <= i; ++e) solution[e] += forward * inverse[i * k + e];
+    }
+    return true;
+}
+
+// a = C⁺w from the eigen-decomposition, truncated as the contract says. Returns λ_max.
+double solve_truncated(const Active& active, double rtol, std::vector<double>& solution) {
+    const int64_t k = active.size();
+    const Eigen eigen = symmetric_eigen(active.unit.data(), k);
+    const double largest = *std::max_element(eigen.values.begin(), eigen.values.end());
+    const double threshold = std::max(rtol * largest, 0.0);
+    solution.assign(k, 0.0);
+    for (int64_t e = 0; e < k; ++e) {
+        if (!(eigen.values[e] > threshold)) continue;
+        const double* vector = &eigen.vectors[e * k];
+        const double along = dot(vector, active.direction.data(), k) / eigen.values[e];
+        for (int64_t i = 0; i < k; ++i) solution[i] += along * vector[i];
+    }
+    return largest;
+}
+
+// The unit direction's coefficients on the unit rows, d/|d| with d = C⁺ŵ; zeros where |d|² counts as zero.
+std::vector<double> unit_direction(const Active& active, double rtol) {
+    const int64_t k = active.size();
+    std::vector<double> solution;
+    double largest = static_cast<double>(k);  // λ_max ≤ k; with full rank |d|²·λ_max ≥ |ŵ|², so the bound is harmless
+    if (!solve_regular(active, rtol, solution)) largest = solve_truncated(active, rtol, solution);
+    const double square = dot(solution.data(), active.direction.data(), k);
+    const double weight = dot(active.direction.data(), active.direction.data(), k);
+    if (square * largest <= rtol * weight) return std::vector<double>(k, 0.0);
+    const double scale = 1.0 / std::sqrt(square);
+    for (double& value : solution) value *= scale;
+    return solution;
+}
+
+double tracked_norm(const ConfigRule& rule, const Active& active) {
+    const std::vector<double>& norm = active.norm;
+    const double k = static_cast<double>(norm.size());
+    switch (rule.length) {
+        case Length::minimum: return *std::min_element(norm.begin(), norm.end());
+        case Length::maximum: return *std::max_element(norm.begin(), norm.end());
+        case Length::arithmetic: {
+            double total = 0.0;
+            for (double value : norm) total += value;
+            return total / k;
+        }
+        case Length::harmonic: {
+            double total = 0.0;
+            for (double value : norm) total += 1.0 / value;
+            return k / total;
+        }
+        case Length::geometric: {  // by logarithms: the product of many norms may leave float64's range
+            double total = 0.0;
+            for (double value : norm) total += std::log(value);
+            return std::exp(total / k);
+        }
+        default: {
+            const auto found = std::find(active.index.begin(), active.index.end(), rule.tracked);
+            return found == active.index.end() ? 0.0 : norm[found - active.index.begin()];
+        }
+    }
+}
+
+double length_of(const ConfigRule& rule, const Active& active, const std::vector<double>& direction) {
+    const int64_t k = active.size();
+    double cosines = 0.0, projections = 0.0;
+    for (int64_t i = 0; i < k; ++i) {
+        const double cosine = dot(&active.unit[i * k], direction.data(), k);
+        cosines += cosine;
+        projections += active.norm[i] * cosine;
+    }
+    return rule.length == Length::projection ? projections : tracked_norm(rule, active) * cosines;
+}
+
+int64_t first_nonfinite(const double* gramian, int64_t m) {
+    for (int64_t i = 0; i < m; ++i)
+        if (!std::isfinite(gramian[i * m + i])) return i;
+    return ConfigRule::kFinite;
+}
+
+}  // namespace
+
+int64_t ConfigRule::weights(const double* gramian, int64_t m, double* weights) const {
+    if (const int64_t bad = first_nonfinite(gramian, m); bad != kFinite && nonfinite != NonFinite::drop) {
+        if (nonfinite == NonFinite::raise) return bad;
+        std::fill(weights, weights + m, std::numeric_limits<double>::quiet_NaN());
+        return kFinite;
+    }
+    std::fill(weights, weights + m, 0.0);
+    const Active active = active_rows(gramian, m, direction);
+    const int64_t k = active.size();
+    if (k == 0) return kFinite;
+    const std::vector<double> along = unit_direction(active, rtol);
+    const double length = length_of(*this, active, along);
+    for (int64_t i = 0; i < k; ++i)  // an opposed pair's zero stays zero whatever the length
+        weights[active.index[i]] = along[i] == 0.0 ? 0.0 : along[i] / active.norm[i] * length;
+    return kFinite;
+}
+
+}  // namespace fastconfig

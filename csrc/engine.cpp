@@ -1,0 +1,115 @@
+#include "engine.hpp"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+namespace fastconfig {
+namespace {
+
+// Columns of one block. Blocks depend on n alone, never on threads, and their sums are added in block order: the bits
+// are the same for any number of threads. At least 64·m, so that the blocks' partial Gramians stay under 1/32 of the
+// rows; a multiple of 16 Ki, so that a vector aligned in one block is aligned in all.
+constexpr int64_t kBlockColumns = 1 << 14;
+
+// Under this many elements a call runs serially: waking a second thread costs more than it saves.
+constexpr int64_t kSerialElements = 1 << 17;
+
+// From this output size on, streaming stores: the result would push the rows out of the last-level cache.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+struct Blocks {
+    int64_t n, columns;
+
+    explicit Blocks(const Rows& rows)
+        : n(rows.n), columns((rows.m * 64 + kBlockColumns - 1) / kBlockColumns * kBlockColumns) {}
+
+    int64_t count() const { return (n + columns - 1) / columns; }
+    Columns operator[](int64_t block) const {
+        const int64_t first = block * columns;
+        return {first, std::min(columns, n - first)};
+    }
+};
+
+int threads_for(const Rows& rows, int threads) {
+    if (rows.m * rows.n < kSerialElements) return 1;
+    return static_cast<int>(std::clamp<int64_t>(Blocks(rows).count(), 1, threads));
+}
+
+// A thread's panel, kept between calls: a fresh one would be mapped and faulted in by every call.
+double* panel_of(int64_t size) {
+    thread_local std::unique_ptr<double[]> memory;
+    thread_local int64_t capacity = 0;
+    if (capacity < size + 8) {
+        memory.reset(new double[size + 8]);
+        capacity = size + 8;
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
+    return memory.get() + (-address % 64) / sizeof(double);
+}
+
+void gramian_block(const Tier& tier, const Rows& rows, Columns columns, double* partial) {
+    tier.gramian[static_cast<int>(rows.dtype)](rows.row, rows.m, columns, partial, panel_of(tier.panel_size(rows.m)));
+}
+
+// Adds the blocks' packed partial sums in block order and writes both triangles.
+void reduce(const std::vector<double>& partials, int64_t blocks, int64_t m, double* gramian) {
+    const int64_t size = packed_size(m);
+    for (int64_t i = 0, e = 0; i < m; ++i)
+        for (int64_t j = 0; j <= i; ++j, ++e) {
+            double total = 0.0;
+            for (int64_t block = 0; block < blocks; ++block) total += partials[block * size + e];
+            gramian[i * m + j] = gramian[j * m + i] = total;
+        }
+}
+
+// The rows that combine reads, with their weights.
+struct Used {
+    std::vector<const void*> row;
+    std::vector<double> weight;
+
+    Used(const Rows& rows, const double* weights) {
+        for (int64_t i = 0; i < rows.m; ++i)
+            if (weights[i] != 0.0) {
+                row.push_back(rows.row[i]);
+                weight.push_back(weights[i]);
+            }
+    }
+    int64_t size() const { return static_cast<int64_t>(row.size()); }
+};
+
+void combine_block(const Tier& tier, const Rows& rows, const Used& used, Columns columns, void* out) {
+    const bool stream = rows.n * size_of(rows.dtype) >= kStreamBytes;
+    tier.combine[static_cast<int>(rows.dtype)](used.row.data(), used.weight.data(), used.size(), columns, out, stream);
+}
+
+}  // namespace
+
+void Engine::gramian(const Rows& rows, double* gramian) const {
+    const Blocks blocks(rows);
+    const int64_t count = blocks.count(), size = packed_size(rows.m);
+    std::vector<double> partials(count * size);
+#pragma omp parallel for num_threads(threads_for(rows, threads)) schedule(static)
+    for (int64_t block = 0; block < count; ++block) gramian_block(*tier, rows, blocks[block], &partials[block * size]);
+    reduce(partials, count, rows.m, gramian);
+}
+
+void Engine::apply(const Rows& rows, const double* weights, void* out) const {
+    const Used used(rows, weights);
+    const Blocks blocks(rows);
+    const int64_t count = blocks.count();
+#pragma omp parallel for num_threads(threads_for(rows, threads)) schedule(static)
+    for (int64_t block = 0; block < count; ++block) combine_block(*tier, rows, used, blocks[block], out);
+}
+
+int64_t Engine::config_combine(const Rows& rows, const ConfigRule& rule, void* out, double* gramian,
+                               double* weights) const {
+    this->gramian(rows, gramian);
+    const int64_t bad = rule.weights(gramian, rows.m, weights);
+    if (bad == ConfigRule::kFinite) apply(rows, weights, out);
+    return bad;
+}
+
+}  // namespace fastconfig

@@ -1,0 +1,26 @@
+// What the kernels and rules make together: whole Gramians, whole combinations, over blocks and threads.
+#pragma once
+
+#include <cstdint>
+
+#include "config_rule.hpp"
+#include "tier.hpp"
+
+namespace fastconfig {
+
+struct Engine {
+    const Tier* tier;
+    int threads;
+
+    // gramian: (m, m) row-major, symmetric to the bit.
+    void gramian(const Rows& rows, double* gramian) const;
+
+    // out (n,) = Σ c_i g_i; rows of weight 0 are not read.
+    void apply(const Rows& rows, const double* weights, void* out) const;
+
+    // Both, with ConFIG's weights in between. gramian (m, m) and weights (m,) receive K and c. Returns as
+    // ConfigRule::weights does; where that is a row, out is untouched.
+    int64_t config_combine(const Rows& rows, const ConfigRule& rule, void* out, double* gramian, double* weights) const;
+};
+
+}  // namespace fastconfig
