@@ -28,7 +28,10 @@ void use_tier(const std::string& name) {
             active_tier = tier;
             return;
         }
-    throw std::invalid_argument("this machine cannot run ISA tier '" + name + "'");
+    std::string names;
+    for (const Tier* tier : tiers()) names += std::string(names.empty() ? "" : ", ") + tier->name;
+    throw std::invalid_argument("ISA tier (FASTCONFIG_ISA) must be one this machine runs, " + names + ", got '" +
+                                name + "'");
 }
 
 double* doubles(std::uintptr_t address) { return reinterpret_cast<double*>(address); }

@@ -38,8 +38,8 @@ int threads_for(const Rows& rows, int threads) {
     return static_cast<int>(std::clamp<int64_t>(Blocks(rows).count(), 1, threads));
 }
 
-// A thread's panel, kept between calls: a fresh one would be mapped and faulted in by every call.
-double* panel_of(int64_t size) {
+// A thread's scratch, kept between calls: fresh memory would be mapped and faulted in by every call.
+double* scratch_of(int64_t size) {
     thread_local std::unique_ptr<double[]> memory;
     thread_local int64_t capacity = 0;
     if (capacity < size + 8) {
@@ -51,7 +51,7 @@ double* panel_of(int64_t size) {
 }
 
 void gramian_block(const Tier& tier, const Rows& rows, Columns columns, double* partial) {
-    tier.gramian[static_cast<int>(rows.dtype)](rows.row, rows.m, columns, partial, panel_of(tier.panel_size(rows.m)));
+    tier.gramian[static_cast<int>(rows.dtype)](rows.row, rows.m, columns, partial, scratch_of(tier.scratch_size(rows.m)));
 }
 
 // Adds the blocks' packed partial sums in block order and writes both triangles.

@@ -34,11 +34,11 @@ struct Tier {
     const char* name;
     int vector_bytes;
 
-    // Doubles of scratch that gramian needs for m rows: one panel, at most 256 KiB up to m = 512.
-    int64_t (*panel_size)(int64_t m);
+    // Doubles of scratch that gramian needs for m rows: 16 KiB of converted rows, and a vector for each pair.
+    int64_t (*scratch_size)(int64_t m);
 
     // partial (packed_size(m)) = Σ over the columns of g_i · g_j, in float64; reads each element once.
-    void (*gramian[kDTypes])(const void* const* row, int64_t m, Columns columns, double* partial, double* panel);
+    void (*gramian[kDTypes])(const void* const* row, int64_t m, Columns columns, double* partial, double* scratch);
 
     // out[columns] = Σ c_i g_i over `m` rows, accumulated in float64, rounded once; `stream` writes past the cache.
     void (*combine[kDTypes])(const void* const* row, const double* c, int64_t m, Columns columns, void* out,

@@ -34,14 +34,36 @@ inline To bits(From from) {
     return to;
 }
 
+// GCC 12 lowers __builtin_convertvector between these two to halves and a shuffle, so x86 names its one instruction.
+// (The masked AVX-512 forms, all lanes on, because the plain ones read an undefined register in GCC's header.)
+inline Doubles widen(Floats f) {
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
+    return (Doubles)_mm512_maskz_cvtps_pd(0xff, (__m256)f);
+#elif FASTCONFIG_X86
+    return (Doubles)_mm256_cvtps_pd((__m128)f);
+#else
+    return __builtin_convertvector(f, Doubles);
+#endif
+}
+
+inline Floats narrow(Doubles d) {
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
+    return (Floats)_mm512_maskz_cvtpd_ps(0xff, (__m512d)d);
+#elif FASTCONFIG_X86
+    return (Floats)_mm256_cvtpd_ps((__m256d)d);
+#else
+    return __builtin_convertvector(d, Floats);
+#endif
+}
+
 inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
 
 // ---- element types: how kLanes of them become doubles, and how doubles become them ----
 
 struct Float32 {
     typedef float Element;
-    static Doubles load(const float* p) { return __builtin_convertvector(load_raw<Floats>(p), Doubles); }
-    static void store(float* p, Doubles v) { store_raw(p, __builtin_convertvector(v, Floats)); }
+    static Doubles load(const float* p) { return widen(load_raw<Floats>(p)); }
+    static void store(float* p, Doubles v) { store_raw(p, narrow(v)); }
 };
 
 struct Float64 {
@@ -54,11 +76,11 @@ struct BFloat16 {
     typedef uint16_t Element;
     static Doubles load(const uint16_t* p) {
         Words wide = __builtin_convertvector(load_raw<Halves>(p), Words) << 16;
-        return __builtin_convertvector(bits<Floats>(wide), Doubles);
+        return widen(bits<Floats>(wide));
     }
     // Round to nearest even on the float's upper half; a NaN keeps its sign and stays quiet.
     static void store(uint16_t* p, Doubles v) {
-        Floats f = __builtin_convertvector(v, Floats);
+        Floats f = narrow(v);
         Words w = bits<Words>(f);
         Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
         Words quiet = (w >> 16) | 0x40;
@@ -70,19 +92,17 @@ struct Float16 {
     typedef uint16_t Element;
 #if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
     static Doubles load(const uint16_t* p) {
-        return __builtin_convertvector((Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), Doubles);
+        return widen((Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
     }
     static void store(uint16_t* p, Doubles v) {
-        __m256 f = (__m256)__builtin_convertvector(v, Floats);
-        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)narrow(v), _MM_FROUND_TO_NEAREST_INT));
     }
 #elif FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 32
     static Doubles load(const uint16_t* p) {
-        return __builtin_convertvector((Floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)), Doubles);
+        return widen((Floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
     }
     static void store(uint16_t* p, Doubles v) {
-        __m128 f = (__m128)__builtin_convertvector(v, Floats);
-        _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+        _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)narrow(v), _MM_FROUND_TO_NEAREST_INT));
     }
 #else
     // Exponent and mantissa move to the float's place, and a multiplication by 2^112 rebiases the exponent, subnormals
@@ -92,12 +112,12 @@ struct Float16 {
         Words sign = (h & 0x8000) << 16;
         Floats magnitude = bits<Floats>((h & 0x7fff) << 13) * 0x1p112f;
         Words special = bits<Words>(magnitude >= 65536.0f) & 0x7f800000;
-        return __builtin_convertvector(bits<Floats>(bits<Words>(magnitude) | special | sign), Doubles);
+        return widen(bits<Floats>(bits<Words>(magnitude) | special | sign));
     }
     // Normal results: rebias the exponent and round the mantissa to nearest even by integer arithmetic, whose carry runs
     // into the exponent as it should. Subnormal results: adding 0.5, whose last bit is worth 2^-24, rounds by itself.
     static void store(uint16_t* p, Doubles v) {
-        Words w = bits<Words>(__builtin_convertvector(v, Floats));
+        Words w = bits<Words>(narrow(v));
         Words sign = (w >> 16) & 0x8000;
         Words magnitude = w & 0x7fffffff;
         Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -159,102 +179,122 @@ void gramian_few(const void* const* row, Columns columns, double* partial) {
     }
 }
 
-// More rows: a panel of columns is converted once to doubles in the cache, and every tile of kTileRows × kTileCols
-// pairs passes over it with its sums in registers.
+// More rows: tiles of at most kTileRows × kTileCols pairs, whose sums stay in registers while a panel of columns passes.
+// The tile's first rows are converted once a panel into a buffer of doubles that stays in the first-level cache; the
+// others are converted as they are loaded, by execution ports that the multiplications leave free.
 #if FASTCONFIG_VECTOR_BYTES == 64
 constexpr int kTileRows = 6, kTileCols = 4;  // 24 sums + 4 + 1 of 32 registers
 #else
 constexpr int kTileRows = 4, kTileCols = 3;  // 12 sums + 3 + 1 of 16 registers
 #endif
 
-constexpr int64_t kPanelDoubles = 1 << 15;  // 256 KiB, half of a common second-level cache
-constexpr int64_t kPanelMostColumns = 512;
-constexpr int64_t kPanelLeastColumns = 64;
+constexpr int64_t kLeastColumns = 64;
+constexpr int64_t kMostColumns = 2048 / kTileRows / kLeastColumns * kLeastColumns;  // the buffer is at most 16 KiB
+constexpr int64_t kBufferStride = kMostColumns + 8;  // rows a multiple of 4 KiB apart would share cache sets
+constexpr int64_t kPanelBytes = 1 << 17;             // of rows: this panel and the next fit the second-level cache
 
-inline int64_t panel_columns(int64_t m) {
-    int64_t columns = kPanelDoubles / m / kPanelLeastColumns * kPanelLeastColumns;
-    return columns > kPanelMostColumns    ? kPanelMostColumns
-           : columns < kPanelLeastColumns ? kPanelLeastColumns
-                                          : columns;
+constexpr int64_t at_most(int64_t value, int64_t bound) { return value < bound ? value : bound; }
+
+inline int64_t panel_columns(int64_t m, int64_t element) {
+    const int64_t columns = at_most(kPanelBytes / (m * element) / kLeastColumns * kLeastColumns, kMostColumns);
+    return columns < kLeastColumns ? kLeastColumns : columns;
 }
 
-// One cache line between rows, or rows 4 KiB apart would all fall into the same sets of the first-level cache.
-inline int64_t panel_stride(int64_t m) { return panel_columns(m) + 8; }
+// The lower triangle cut into tiles as equal as can be: visit(i, rows) begins a band of rows, then
+// visit(i, rows, j, cols, sums) follows for each of its tiles, with the tile's place among the vector sums.
+template <class Band, class TileOf>
+inline void for_each_tile(int64_t m, double* sums, Band band, TileOf tile_of) {
+    const int64_t bands = (m + kTileRows - 1) / kTileRows;
+    for (int64_t b = 0; b < bands; ++b) {
+        const int64_t i = b * m / bands, end = (b + 1) * m / bands;
+        const int64_t tiles = (end + kTileCols - 1) / kTileCols;
+        band(i, end - i);
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t j = t * end / tiles, cols = (t + 1) * end / tiles - j;
+            tile_of(i, end - i, j, cols, sums);
+            sums += (end - i) * cols * kLanes;
+        }
+    }
+}
 
-inline int64_t panel_size(int64_t m) { return m <= 4 ? 0 : m * panel_stride(m); }
+// Doubles that the tiles' vector sums take: at most one tile more than the triangle in each direction.
+inline int64_t sums_size(int64_t m) { return (m + kTileRows) * (m + kTileRows + kTileCols) * kLanes; }
 
-// Converts `count` columns, padded with zeros to whole vectors; returns the padded count.
+inline int64_t scratch_size(int64_t m) { return m <= 4 ? 0 : kTileRows * kBufferStride + sums_size(m); }
+
+// Converts `count` columns of `rows` rows, padded with zeros to whole vectors.
 template <class T>
-int64_t fill_panel(const void* const* row, int64_t m, Columns columns, double* panel) {
-    int64_t stride = panel_stride(m), padded = (columns.count + kLanes - 1) / kLanes * kLanes;
-    for (int64_t i = 0; i < m; ++i) {
+void fill_buffer(const void* const* row, int64_t rows, Columns columns, double* buffer) {
+    for (int64_t i = 0; i < rows; ++i) {
         const typename T::Element* p = static_cast<const typename T::Element*>(row[i]) + columns.first;
-        double* to = panel + i * stride;
+        double* to = buffer + i * kBufferStride;
         int64_t k = 0;
         for (; k + kLanes <= columns.count; k += kLanes) store_raw(to + k, T::load(p + k));
         if (k < columns.count) store_raw(to + k, load_tail<T>(p + k, columns.count - k));
     }
-    return padded;
 }
 
-// partial(i0.., j0..) += the products of R rows of the panel with C others, over `count` columns.
-template <int R, int C>
-void tile(const double* panel, int64_t stride, int64_t count, int64_t i0, int64_t j0, double* partial) {
-    const double* a = panel + i0 * stride;
-    const double* b = panel + j0 * stride;
-    Doubles acc[R][C] = {};
-    for (int64_t k = 0; k < count; k += kLanes) {
+// sums (R × C vectors) += the products, lane by lane, of R buffered rows with C rows where they lie.
+template <class T, int R, int C>
+void tile(const double* buffer, const void* const* row, Columns columns, double* sums) {
+    const typename T::Element* p[C];
+    for (int j = 0; j < C; ++j) p[j] = static_cast<const typename T::Element*>(row[j]) + columns.first;
+    Doubles acc[R][C];
+    for (int i = 0; i < R; ++i)
+        for (int j = 0; j < C; ++j) acc[i][j] = load_raw<Doubles>(sums + (i * C + j) * kLanes);
+    int64_t k = 0;
+    for (; k + kLanes <= columns.count; k += kLanes) {
         Doubles y[C];
-        for (int j = 0; j < C; ++j) y[j] = load_raw<Doubles>(b + j * stride + k);
+        for (int j = 0; j < C; ++j) y[j] = T::load(p[j] + k);
         for (int i = 0; i < R; ++i) {
-            Doubles x = load_raw<Doubles>(a + i * stride + k);
+            const Doubles x = load_raw<Doubles>(buffer + i * kBufferStride + k);
             for (int j = 0; j < C; ++j) acc[i][j] += x * y[j];
         }
     }
+    if (k < columns.count) {
+        for (int j = 0; j < C; ++j) {
+            const Doubles y = load_tail<T>(p[j] + k, columns.count - k);
+            for (int i = 0; i < R; ++i) acc[i][j] += load_raw<Doubles>(buffer + i * kBufferStride + k) * y;
+        }
+    }
     for (int i = 0; i < R; ++i)
-        for (int j = 0; j < C && j0 + j <= i0 + i; ++j)
-            partial[packed_size(i0 + i) + j0 + j] += sum(acc[i][j]);
+        for (int j = 0; j < C; ++j) store_raw(sums + (i * C + j) * kLanes, acc[i][j]);
 }
 
-typedef void (*Tile)(const double*, int64_t, int64_t, int64_t, int64_t, double*);
+typedef void (*Tile)(const double*, const void* const*, Columns, double*);
 
-constexpr int at_most(int value, int bound) { return value < bound ? value : bound; }
-
-template <int R>
-Tile tile_of(int64_t columns) {
-    switch (columns) {
-        case 1: return tile<R, 1>;
-        case 2: return tile<R, 2>;
-        case 3: return tile<R, 3>;
-        default: return tile<R, kTileCols>;
+template <class T, int R>
+Tile tile_of(int64_t cols) {
+    switch (cols) {
+        case 1: return tile<T, R, 1>;
+        case 2: return tile<T, R, 2>;
+        case 3: return tile<T, R, 3>;
+        default: return tile<T, R, kTileCols>;
     }
 }
 
-inline Tile tile_of(int64_t rows, int64_t columns) {
+template <class T>
+Tile tile_of(int64_t rows, int64_t cols) {
     switch (rows) {
-        case 1: return tile_of<1>(columns);
-        case 2: return tile_of<2>(columns);
-        case 3: return tile_of<3>(columns);
-        case 4: return tile_of<4>(columns);
-        case 5: return tile_of<at_most(5, kTileRows)>(columns);
-        default: return tile_of<kTileRows>(columns);
+        case 1: return tile_of<T, 1>(cols);
+        case 2: return tile_of<T, 2>(cols);
+        case 3: return tile_of<T, 3>(cols);
+        case 4: return tile_of<T, 4>(cols);
+        case 5: return tile_of<T, at_most(5, kTileRows)>(cols);
+        default: return tile_of<T, kTileRows>(cols);
     }
 }
 
 // Fetches the next panel's lines into the second-level cache a few at a time while the tiles of this one are computed:
 // without it, memory would idle during arithmetic and arithmetic during loads.
-template <class T>
 class Prefetcher {
     static constexpr int64_t kLine = 64;
     const void* const* row_;
     int64_t m_, first_byte_, lines_, row_at_ = 0, line_at_ = 0;
 
    public:
-    Prefetcher(const void* const* row, int64_t m, Columns next)
-        : row_(row),
-          m_(m),
-          first_byte_(next.first * static_cast<int64_t>(sizeof(typename T::Element))),
-          lines_((next.count * static_cast<int64_t>(sizeof(typename T::Element)) + kLine - 1) / kLine) {}
+    Prefetcher(const void* const* row, int64_t m, Columns next, int64_t element)
+        : row_(row), m_(m), first_byte_(next.first * element), lines_((next.count * element + kLine - 1) / kLine) {}
 
     int64_t total() const { return m_ * lines_; }
 
@@ -268,35 +308,41 @@ class Prefetcher {
 };
 
 template <class T>
-void gramian_many(const void* const* row, int64_t m, Columns columns, double* partial, double* panel) {
-    const int64_t width = panel_columns(m), stride = panel_stride(m), last = columns.first + columns.count;
-    const int64_t tile_count = (m / kTileRows + 1) * (m / kTileCols + 2) / 2 + 1;
-    for (int64_t e = 0; e < packed_size(m); ++e) partial[e] = 0.0;
+void gramian_many(const void* const* row, int64_t m, Columns columns, double* partial, double* scratch) {
+    constexpr int64_t element = sizeof(typename T::Element);
+    const int64_t width = panel_columns(m, element), last = columns.first + columns.count;
+    double* buffer = scratch;
+    double* sums = scratch + kTileRows * kBufferStride;
+    __builtin_memset(sums, 0, sums_size(m) * sizeof *sums);
     for (int64_t first = columns.first; first < last; first += width) {
-        int64_t count = last - first < width ? last - first : width;
-        int64_t after = first + count, next = last - after < width ? last - after : width;
-        int64_t padded = fill_panel<T>(row, m, {first, count}, panel);
-        Prefetcher<T> prefetcher(row, m, {after, next});
-        const int64_t lines_a_tile = prefetcher.total() / tile_count + 1;
-        for (int64_t i = 0; i < m; i += kTileRows) {
-            int64_t r = m - i < kTileRows ? m - i : kTileRows;
-            for (int64_t j = 0; j < i + r; j += kTileCols) {
-                int64_t c = i + r - j < kTileCols ? i + r - j : kTileCols;
+        const Columns panel = {first, at_most(last - first, width)};
+        const int64_t after = first + panel.count;
+        Prefetcher prefetcher(row, m, {after, at_most(last - after, width)}, element);
+        const int64_t lines_a_tile = prefetcher.total() * kTileRows * kTileCols * 2 / (m * m) + 1;
+        for_each_tile(
+            m, sums, [&](int64_t i, int64_t rows) { fill_buffer<T>(row + i, rows, panel, buffer); },
+            [&](int64_t, int64_t rows, int64_t j, int64_t cols, double* at) {
                 prefetcher.advance(lines_a_tile);
-                tile_of(r, c)(panel, stride, padded, i, j, partial);
-            }
-        }
+                tile_of<T>(rows, cols)(buffer, row + j, panel, at);
+            });
     }
+    for_each_tile(
+        m, sums, [](int64_t, int64_t) {},
+        [&](int64_t i, int64_t rows, int64_t j, int64_t cols, const double* at) {
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t c = 0; c < cols && j + c <= i + r; ++c)
+                    partial[packed_size(i + r) + j + c] = sum(load_raw<Doubles>(at + (r * cols + c) * kLanes));
+        });
 }
 
 template <class T>
-void gramian(const void* const* row, int64_t m, Columns columns, double* partial, double* panel) {
+void gramian(const void* const* row, int64_t m, Columns columns, double* partial, double* scratch) {
     switch (m) {
         case 1: return gramian_few<T, 1>(row, columns, partial);
         case 2: return gramian_few<T, 2>(row, columns, partial);
         case 3: return gramian_few<T, 3>(row, columns, partial);
         case 4: return gramian_few<T, 4>(row, columns, partial);
-        default: return gramian_many<T>(row, m, columns, partial, panel);
+        default: return gramian_many<T>(row, m, columns, partial, scratch);
     }
 }
 
@@ -407,6 +453,6 @@ void combine(const void* const* row, const double* c, int64_t m, Columns columns
 
 const Tier kTier = {FASTCONFIG_TIER_NAME,
                     FASTCONFIG_VECTOR_BYTES,
-                    panel_size,
+                    scratch_size,
                     {gramian<Float32>, gramian<Float64>, gramian<BFloat16>, gramian<Float16>},
                     {combine<Float32>, combine<Float64>, combine<BFloat16>, combine<Float16>}};

@@ -54,7 +54,7 @@ def combine(
         target = result = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
         if complex_dtype is not None:
             result = torch.view_as_complex(target.view(-1, 2))
-    combine_rows(backends.select(rows.device, backend), rows, method or _DEFAULT_METHOD, target)
+    combine_rows(backends.select(rows.device, backend), rows, _DEFAULT_METHOD if method is None else method, target)
     return result
 
 

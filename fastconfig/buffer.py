@@ -212,7 +212,7 @@ class GradientBuffer:
         """
         self._check_not_recording("combine")
         self._check_parameters()
-        method = method or _DEFAULT_METHOD
+        method = _DEFAULT_METHOD if method is None else method
         home = self._segments[0].device
         m = self._num_losses
         kept = torch.empty(m + 1, m, dtype=torch.float64, device=home)

@@ -1,0 +1,1 @@
+"""Worked examples on real problems. ``fastconfig demo burgers`` runs the one there is."""

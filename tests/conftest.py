@@ -1,0 +1,52 @@
+"""What several test files share: the backends that run here, poisoned memory, hypothesis' profile."""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy is imported: its BLAS spins a second set of threads beside torch's, which costs seconds on two cores.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import hypothesis
+import pytest
+import torch
+
+from fastconfig.backends import BACKENDS
+
+# The same examples in every run, so that a red test is a change in the code; no deadline, as CI machines stall.
+hypothesis.settings.register_profile(
+    "fastconfig",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fastconfig")
+
+# test_cpu.py asserts that the compiled core is built; here a missing one only shortens the list.
+BACKENDS_HERE = ["reference"] + (["cpu"] if BACKENDS["cpu"].available() is None else [])
+
+
+@pytest.fixture(scope="session", params=BACKENDS_HERE)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that can run here, for ``fc.combine(..., backend=backend)``."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory that torch allocates without a value holds NaN, so an element that nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    """One thread: at the sizes of these tests more of them only wait for each other, for seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

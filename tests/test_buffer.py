@@ -1,0 +1,440 @@
+"""GradientBuffer: autograd's own gradients in shared memory, and training as by hand. What it refuses: validation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from oracle import as_numpy, assert_matches, config
+from torch import nn
+
+import fastconfig as fc
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+
+class TwoHeads(nn.Module):
+    """A shared body and two heads; head b is reached by the last loss only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.a, self.b = nn.Linear(5, 2), nn.Linear(5, 1)
+
+    def forward(self, x):
+        shared = self.body(x).tanh()
+        return self.a(shared), self.b(shared)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x):
+        return self.decode(self.encode(x).tanh())
+
+
+class Shapes(nn.Module):
+    """Parameters of no dimension, of no element, complex, and looked up sparsely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.empty = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.zeros(0, 3))
+        self.table = nn.Embedding(6, 4, sparse=True)
+
+    def forward(self, x):
+        rows = self.table(x[:, 0].abs().long() % 6)
+        return (rows * self.scale + self.empty.sum()).tanh()
+
+
+def conv() -> nn.Module:
+    model = nn.Sequential(nn.Unflatten(1, (2, 4, 4)), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
+    return model.to(memory_format=torch.channels_last)
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), 4),
+    "tied weights": (Tied, 4),
+    "channels_last": (conv, 32),
+    "odd shapes": (Shapes, 4),
+    "transposed weight": (lambda: nn.Sequential(transposed(nn.Linear(4, 3)), nn.Tanh()), 4),
+    "float64": (lambda: nn.Linear(4, 3).double(), 4),
+    "bfloat16": (lambda: nn.Linear(4, 3).bfloat16(), 4),
+}
+
+
+def transposed(layer: nn.Linear) -> nn.Linear:
+    layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
+    return layer
+
+
+def build(name: str) -> tuple[nn.Module, torch.Tensor]:
+    make, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model = make()
+    return model, 3 * torch.randn(5, inputs, dtype=next(model.parameters()).dtype)
+
+
+def losses_of(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    y = model(x)
+    return [y.square().mean(), (y - 1.0).abs().sum(), (y.flatten()[1:] * y.flatten()[:-1]).mean()]
+
+
+def autograd_gradients(model: nn.Module, x: torch.Tensor) -> list[list[torch.Tensor | None]]:
+    """For each loss, what a plain backward pass leaves in every ``.grad``."""
+    gradients = []
+    for i in range(3):
+        plain = copy.deepcopy(model)
+        losses_of(plain, x)[i].backward()
+        gradients.append([p.grad.to_dense() if p.grad is not None else None for p in plain.parameters()])
+    return gradients
+
+
+def addresses(tensor: torch.Tensor) -> range:
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+
+
+# The rows
+
+
+@pytest.mark.parametrize("way", ["tensors", "callables", "mixed", "record"])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_autograds_gradients_bit_for_bit(name, way):
+    model, x = build(name)
+    expected = autograd_gradients(model, x)
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    for _ in range(2):  # the second round reuses the rows
+        plain = copy.deepcopy(model).state_dict()
+        if way == "record":
+            for i in (2, 0, 1):
+                with buf.record(i):
+                    losses_of(model, x)[i].backward()
+        else:
+            tensors, callables = losses_of(model, x), [lambda i=i: losses_of(model, x)[i] for i in range(3)]
+            given = {"tensors": tensors, "callables": callables, "mixed": [tensors[0], callables[1], tensors[2]]}
+            buf.backward(given[way])
+        model.load_state_dict(plain)  # batch norm counts its forward passes
+        for i, gradients in enumerate(expected):
+            views = buf.segments[0].views(buf.rows[i])
+            for view, gradient, parameter in zip(views, gradients, model.parameters(), strict=True):
+                assert view.shape == parameter.shape
+                assert torch.equal(view, gradient)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_shared_and_shaped_like_the_parameters(name):
+    model, x = build(name)
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    parameters = [parameter for parameter in model.parameters() if parameter.numel()]
+    assert buf.rows.shape == (3, sum(parameter.numel() for parameter in parameters))
+    assert buf.rows.is_contiguous()
+    for i in range(3):
+        with buf.record(i):
+            losses_of(model, x)[i].backward()
+            for parameter in parameters:
+                assert set(addresses(parameter.grad)) <= set(addresses(buf.rows[i]))
+    buf.combine()
+    seen: set[int] = set()
+    for parameter in parameters:
+        assert parameter.grad.stride() == parameter.stride()
+        assert set(addresses(parameter.grad)) <= set(addresses(buf.grad))
+        assert seen.isdisjoint(addresses(parameter.grad))
+        seen |= set(addresses(parameter.grad))
+    assert seen == set(addresses(buf.grad))
+    buf.grad.fill_(3.0)
+    assert all((parameter.grad == 3.0).all() for parameter in parameters)
+
+
+def test_combination_is_that_of_the_rows():
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    for method in (None, fc.ConFIG([1.0, 2.0, 4.0], "harmonic")):
+        buf.backward(losses_of(model, x))
+        rows = buf.rows.clone()
+        info = buf.combine(method)
+        assert torch.equal(buf.grad, fc.combine(rows, method))
+        assert torch.equal(info.gramian, fc.gramian(rows))
+        torch.testing.assert_close((info.weights @ rows.double()).float(), buf.grad)
+        torch.testing.assert_close(info.norms, rows.double().norm(dim=1))
+        assert info.rank == 3
+        assert torch.equal(buf.rows, rows)
+        assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), buf.grad)
+
+
+def test_rows_never_recorded_and_zeroed_rows_constrain_nothing():
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    with buf.record(1):
+        losses_of(model, x)[1].backward()
+    info = buf.combine()
+    torch.testing.assert_close(buf.grad, buf.rows[1])
+    assert info.rank == 1
+    assert info.weights[[0, 2]].tolist() == info.norms[[0, 2]].tolist() == [0.0, 0.0]
+    buf.zero()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not buf.combine().weights.any()
+    assert not buf.grad.any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_micro_batches_add_up_inside_one_record():
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=1)
+    plain = copy.deepcopy(model)
+    with buf.record(0):
+        for part in x.split(2):
+            model(part).square().sum().backward()
+    for part in x.split(2):
+        plain(part).square().sum().backward()
+    assert torch.equal(buf.rows[0], torch.cat([p.grad.flatten() for p in plain.parameters()]))
+
+
+@pytest.mark.parametrize("backward_first", [False, True])
+def test_zero_grad_inside_record_starts_the_row_anew(backward_first):
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=1)
+    with buf.record(0):
+        if backward_first:
+            losses_of(model, x)[0].backward()
+        model.zero_grad(set_to_none=True)
+        model[0].bias.square().sum().backward()
+    weight, bias, *rest = buf.segments[0].views(buf.rows[0])
+    assert torch.equal(bias, 2 * model[0].bias)
+    assert not weight.any()
+    assert not any(view.any() for view in rest)
+    buf.combine()
+    assert model[0].weight.grad is None
+    assert model[0].bias.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")  # what is tested
+def test_backward_that_builds_a_graph_lands_in_the_row():
+    model, x = build("mlp")
+    expected = autograd_gradients(model, x)[0]
+    buf = fc.GradientBuffer(model.parameters(), num_losses=2)
+    with buf.record(0):
+        losses_of(model, x)[0].backward(create_graph=True)
+    assert torch.equal(buf.rows[0], torch.cat([gradient.flatten() for gradient in expected]))
+    assert not buf.rows.requires_grad
+
+
+def test_graph_is_retained_until_the_last_loss_and_longer_on_request():
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    losses = losses_of(model, x)
+    buf.backward(losses, retain_graph=True)
+    once = buf.rows.clone()
+    buf.backward(losses)
+    assert torch.equal(buf.rows, once)
+    with pytest.raises(RuntimeError, match="second time"):
+        losses[0].backward()
+
+
+def test_losses_of_one_element_may_have_dimensions():
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    buf.backward(losses_of(model, x))
+    flat = buf.rows.clone()
+    buf.backward(tuple(loss.reshape(1, 1) for loss in losses_of(model, x)))
+    assert torch.equal(buf.rows, flat)
+
+
+# Which parameters
+
+
+def test_parameters_no_loss_reaches_end_without_grad():
+    model, x = TwoHeads(), torch.randn(5, 4)
+    buf = fc.GradientBuffer(model.parameters(), num_losses=2)
+    for b_takes_part in (False, True, False):
+        model.b.weight.grad = torch.ones_like(model.b.weight)  # left over from elsewhere
+        a, b = model(x)
+        buf.backward([a.square().mean(), b.square().mean() if b_takes_part else a.abs().sum()])
+        assert torch.equal(model.b.weight.grad, torch.ones_like(model.b.weight))
+        buf.combine()
+        assert (model.b.weight.grad is not None) == b_takes_part
+        assert (model.b.bias.grad is not None) == b_takes_part
+        assert model.a.weight.grad.any()
+
+
+def test_task_heads_accumulate_as_usual():
+    model, x = TwoHeads(), torch.randn(5, 4)
+    plain = copy.deepcopy(model)
+    buf = fc.GradientBuffer(model.body.parameters(), num_losses=2)
+    for _ in range(2):
+        a, b = model(x)
+        buf.backward([a.square().mean(), b.abs().mean()])
+        buf.combine()
+        a, b = plain(x)
+        (a.square().mean() + b.abs().mean()).backward()
+    for head, expected in ((model.a, plain.a), (model.b, plain.b)):
+        for ours, theirs in zip(head.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_reached_parameter_of_zero_gradient_keeps_a_grad():
+    weight = nn.Parameter(torch.ones(3))
+    buf = fc.GradientBuffer([weight], num_losses=1)
+    buf.backward([(weight * 0.0).sum()])
+    buf.combine()
+    assert torch.equal(weight.grad, torch.zeros(3))
+
+
+def test_clipping_one_losss_gradient_leaves_unreached_parameters_without_grad():
+    model, x = TwoHeads(), torch.randn(5, 4)
+    buf = fc.GradientBuffer(model.parameters(), num_losses=1)
+    with buf.record(0):
+        model(x)[0].square().sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    torch.testing.assert_close(buf.rows[0].norm(), torch.tensor(1e-3), rtol=1e-3, atol=0.0)
+    buf.combine()
+    assert model.b.weight.grad is None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_frozen_layers(when):
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3) if when == "after" else None
+    model[0].requires_grad_(False)
+    buf = buf or fc.GradientBuffer(model.parameters(), num_losses=3)
+    buf.backward(losses_of(model, x))
+    buf.combine()
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad.any()
+    assert buf.rows.shape[1] == (21 if when == "before" else 51)
+
+
+def test_a_parameter_given_twice_counts_once():
+    model, x = build("tied weights")
+    buf = fc.GradientBuffer([*model.encode.parameters(), *model.decode.parameters()], num_losses=3)
+    assert buf.rows.shape == (3, 24)
+    buf.backward(losses_of(model, x))
+    expected = autograd_gradients(model, x)
+    assert torch.equal(buf.rows[1], torch.cat([gradient.flatten() for gradient in expected[1]]))
+
+
+def mixed_parameters() -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.float32)
+    return [nn.Parameter(torch.randn(3, 2).to(dtype)) for dtype in dtypes]
+
+
+def mixed_losses(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    values = [torch.view_as_real(p) if p.is_complex() else p for p in parameters]
+    return [
+        sum(value.double().square().sum() for value in values),
+        sum((k + 1.0) * value.double().sin().sum() for k, value in enumerate(values)),
+        values[0].sum() + values[3].sum(),
+    ]
+
+
+def test_several_dtypes_are_several_segments_of_one_problem():
+    parameters = mixed_parameters()
+    buf = fc.GradientBuffer(parameters, num_losses=3)
+    assert [seg.dtype for seg in buf.segments] == [torch.float32, torch.float64, torch.bfloat16, torch.float32]
+    assert [tuple(seg.rows.shape) for seg in buf.segments] == [(3, 12), (3, 6), (3, 6), (3, 12)]
+    buf.backward(mixed_losses(parameters))
+    rows = [segment.rows.clone() for segment in buf.segments]
+    info = buf.combine()
+    torch.testing.assert_close(info.gramian, sum(fc.gramian(block) for block in rows))
+    answer, start = config(as_numpy(torch.cat([block.double() for block in rows], dim=1))), 0
+    for segment in buf.segments:
+        columns = slice(start, start + segment.grad.numel())
+        part = dataclasses.replace(answer, value=answer.value[columns], terms=answer.terms[columns])
+        assert_matches(segment.grad, part)
+        start = columns.stop
+    assert start == len(answer.value)
+    for parameter in parameters:
+        assert parameter.grad.dtype == parameter.dtype
+    for name in ("rows", "grad"):
+        with pytest.raises(ValueError, match=rf"4 segments.*buffer.segments\[i\].{name}"):
+            getattr(buf, name)
+    assert "bfloat16" in repr(buf)
+
+
+def test_complex_parameters_hold_what_autograd_gives_them():
+    weight = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+    expected = torch.autograd.grad((weight * (2 + 1j)).abs().square().sum(), weight)[0]
+    buf = fc.GradientBuffer([weight], num_losses=1)
+    buf.backward([(weight * (2 + 1j)).abs().square().sum()])
+    buf.combine()
+    torch.testing.assert_close(weight.grad, expected)
+    assert weight.grad.data_ptr() == buf.grad.data_ptr()
+
+
+# Training
+
+
+def train_with_buffer(model, x, optimizer, steps, clip, zero_grad):
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    for _ in range(steps):
+        buf.backward(losses_of(model, x))
+        buf.combine()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        if zero_grad is not None:
+            optimizer.zero_grad(set_to_none=zero_grad)
+
+
+def train_by_hand(model, x, optimizer, steps, clip, zero_grad):
+    parameters = list(model.parameters())
+    for _ in range(steps):
+        rows = []
+        for loss in losses_of(model, x):
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        combined = fc.combine(torch.stack(rows)).split([parameter.numel() for parameter in parameters])
+        for parameter, gradient in zip(parameters, combined, strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, 0.05)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["", "clipped"])
+@pytest.mark.parametrize("zero_grad", [None, True, False], ids=["no zero_grad", "to none", "to zero"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD], ids=["Adam", "SGD"])
+def test_training_equals_training_by_hand(optimizer, zero_grad, clip):
+    runs = []
+    for train in (train_with_buffer, train_by_hand):
+        model, x = build("mlp")
+        train(model, x, optimizer(model.parameters(), lr=0.05), 12, clip, zero_grad)
+        runs.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    start = nn.utils.parameters_to_vector(build("mlp")[0].parameters())
+    assert (runs[1] - start).norm() > 0.01
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-6)
+
+
+def test_one_step_equals_a_step_by_hand_bit_for_bit():
+    runs = []
+    for train in (train_with_buffer, train_by_hand):
+        model, x = build("mlp")
+        train(model, x, torch.optim.SGD(model.parameters(), lr=0.1), 1, clip=True, zero_grad=None)
+        runs.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert torch.equal(*runs)
+
+
+def test_trained_model_is_copied_and_pickled_without_the_buffer():
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    buf.backward(losses_of(model, x))
+    buf.combine()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+        assert all(p.grad is None or p.grad.data_ptr() not in addresses(buf.grad) for p in twin.parameters())
+
+
+def test_copied_buffer_says_that_its_parameters_moved():
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    other_model, other = copy.deepcopy((model, buf))
+    with pytest.raises(RuntimeError, match="make a new GradientBuffer"):
+        other.backward(losses_of(other_model, x))
+    buf.backward(losses_of(model, x))
+    assert buf.combine().rank == 3
