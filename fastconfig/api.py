@@ -47,12 +47,11 @@ def combine(
         tensor([0.1588, 2.0706, 2.0706])
     """
     rows = check_rows(grads)
-    complex_dtype = complex_dtype_of(grads)
     if out is not None:
-        target, result = check_out(out, rows, complex_dtype), out
+        target, result = check_out(out, grads, rows), out
     else:
         target = result = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
-        if complex_dtype is not None:
+        if complex_dtype_of(grads) is not None:
             result = torch.view_as_complex(target.view(-1, 2))
     combine_rows(backends.select(rows.device, backend), rows, _DEFAULT_METHOD if method is None else method, target)
     return result

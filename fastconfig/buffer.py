@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fastconfig.combination import Combination, combine_segments
 from fastconfig.methods import ConFIG, Method
@@ -98,8 +100,12 @@ class GradientBuffer:
         self._made_for = tuple(_record(parameter) for parameter in self._parameters)
         self._row_views: list[list[Tensor] | None] = [None] * num_losses
         self._grad_views = [view for segment in self._segments for view in segment.views(segment.grad)]
-        self._reached: list[list[bool]] = [[False] * len(self._parameters) for _ in range(num_losses)]
+        self._reached: list[set[Tensor]] = [set() for _ in range(num_losses)]
         self._recording: int | None = None
+        # Autograd itself says which parameters a backward pass reached; a view's content cannot (a gradient may be 0).
+        self._hit: set[Tensor] = set()
+        handles = [parameter.register_post_accumulate_grad_hook(self._hit.add) for parameter in self._parameters]
+        weakref.finalize(self, _remove_hooks, handles)
 
     @property
     def num_losses(self) -> int:
@@ -126,7 +132,7 @@ class GradientBuffer:
         self._check_not_recording("zero")
         for segment in self._segments:
             segment.rows.zero_()
-        self._reached = [[False] * len(self._parameters) for _ in range(self._num_losses)]
+        self._reached = [set() for _ in range(self._num_losses)]
 
     @contextmanager
     def record(self, loss: int) -> Generator[None, None, None]:
@@ -154,9 +160,8 @@ class GradientBuffer:
         complete = False
         try:
             views = self._open_row(loss)
-            versions = [view._version for view in views]
             yield
-            self._collect_row(loss, views, versions)
+            self._collect_row(loss, views)
             complete = True
         finally:
             self._recording = None
@@ -219,8 +224,9 @@ class GradientBuffer:
         gramian, weights = kept[:m], kept[m]
         segments = [(segment.description, segment.grad) for segment in self._segments]
         combine_segments(segments, method, gramian, weights)
-        for i, (parameter, view) in enumerate(zip(self._parameters, self._grad_views, strict=True)):
-            parameter.grad = view if any(reached[i] for reached in self._reached) else None
+        reached = set().union(*self._reached)
+        for parameter, view in zip(self._parameters, self._grad_views, strict=True):
+            parameter.grad = view if parameter in reached else None
         rtol = method.rule.rtol if isinstance(method, ConFIG) else _DEFAULT_METHOD.rule.rtol
         return Combination(gramian, weights, rtol)
 
@@ -241,28 +247,30 @@ class GradientBuffer:
         """Zero the row and hang its views where autograd will accumulate."""
         views = self._row_views[loss]
         if views is None:
-            # Through .data each view counts its own writes: its version tells whether a backward pass reached it.
-            views = [view.data for segment in self._segments for view in segment.views(segment.rows[loss])]
+            views = [view for segment in self._segments for view in segment.views(segment.rows[loss])]
             self._row_views[loss] = views
         for segment in self._segments:
             segment.rows[loss].zero_()
         for parameter, view in zip(self._parameters, views, strict=True):
             parameter.grad = view
+        self._hit.clear()
         return views
 
-    def _collect_row(self, loss: int, views: list[Tensor], versions: list[int]) -> None:
-        """Note which parameters were reached; fetch a gradient that autograd put elsewhere instead of in the view."""
-        reached = self._reached[loss]
-        for i, (parameter, view, version) in enumerate(zip(self._parameters, views, versions, strict=True)):
-            grad = parameter.grad
-            if grad is not view and grad is not None:
-                view.copy_(grad.detach())
-            reached[i] = grad is not None and (grad is not view or view._version != version)
+    def _collect_row(self, loss: int, views: list[Tensor]) -> None:
+        """Note which parameters were reached; bring home a gradient that was put elsewhere than in its view."""
+        reached = set(self._hit)
+        for parameter, view in zip(self._parameters, views, strict=True):
+            if parameter.grad is None:  # discarded inside the block, by zero_grad for instance
+                view.zero_()
+                reached.discard(parameter)
+            elif parameter.grad is not view:
+                view.copy_(parameter.grad.detach())
+        self._reached[loss] = reached
 
     def _forget_row(self, loss: int) -> None:
         for segment in self._segments:
             segment.rows[loss].zero_()
-        self._reached[loss] = [False] * len(self._parameters)
+        self._reached[loss] = set()
 
     def _check_not_recording(self, name: str) -> None:
         if self._recording is not None:
@@ -273,13 +281,18 @@ class GradientBuffer:
 
     def _check_parameters(self) -> None:
         for i, (parameter, made_for) in enumerate(zip(self._parameters, self._made_for, strict=True)):
-            if parameter.data_ptr() != made_for.address or parameter.dtype != made_for.dtype:
+            if _record(parameter) != made_for:
                 raise RuntimeError(
                     f"parameter {i} of the buffer, shape {tuple(made_for.shape)}, had its storage replaced after the "
                     f"buffer was made (it was {made_for.dtype} on {made_for.device}, it is {parameter.dtype} on "
-                    f"{parameter.device}), as .to(), .half() or an assignment to .data do; "
+                    f"{parameter.device}, shape {tuple(parameter.shape)}), as .to(), .half() or an assignment to .data do; "
                     "make a new GradientBuffer after such a change"
                 )
+
+
+def _remove_hooks(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _record(parameter: Tensor) -> _Recorded:
@@ -288,8 +301,10 @@ def _record(parameter: Tensor) -> _Recorded:
 
 def _trained(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The distinct parameters that need a gradient, checked."""
-    if isinstance(parameters, Tensor):
-        raise TypeError("parameters must be an iterable of parameters, got one tensor; pass model.parameters()")
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"parameters must be an iterable of tensors, got one {type(parameters).__name__}; pass model.parameters()"
+        )
     distinct: dict[int, Tensor] = {}
     for i, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):

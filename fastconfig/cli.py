@@ -180,14 +180,14 @@ def _demo_burgers(arguments: argparse.Namespace, parser: argparse.ArgumentParser
         # Here, not above: both draw in the optional packages.
         from rich.console import Console
 
-        from fastconfig.demos import burgers, burgers_figure, report
+        from fastconfig.demos import burgers, burgers_figure, burgers_problem, report
 
         console = Console(highlight=False)
         seconds = arguments.seconds
         if seconds is None and arguments.steps is None:
             seconds = _DEFAULT_SECONDS
         budget = burgers.Budget(seconds, arguments.steps)
-        grid = burgers.TestGrid(arguments.device)
+        grid = burgers_problem.TestGrid(arguments.device)
         trainers = [make(arguments.seed, arguments.device, budget) for make in burgers.TRAINERS]
         with report.TrainingProgress(console, trainers) as progress:
             burgers.train(trainers, grid, lambda: interrupt.requested, progress.update)

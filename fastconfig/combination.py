@@ -58,7 +58,7 @@ def combine_segments(segments: Sequence[tuple[Rows, Tensor]], method: Method, gr
 
 
 def _weights_of(method: Method, gramian: Tensor) -> object:
-    if not callable(getattr(method, "weights", None)):
+    if isinstance(method, type) or not callable(getattr(method, "weights", None)):
         raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
     return method.weights(gramian)
 

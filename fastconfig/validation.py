@@ -26,10 +26,6 @@ class Rows(NamedTuple):
     matrix: Tensor | None
     vectors: tuple[Tensor, ...]
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that hold the rows: one matrix, or m vectors."""
-        return self.vectors if self.matrix is None else (self.matrix,)
-
 
 def check_rows(grads: Tensor | Sequence[Tensor]) -> Rows:
     """Validate ``grads`` and describe its rows without copying them (unless a row is strided within itself).
@@ -52,62 +48,68 @@ def check_rows(grads: Tensor | Sequence[Tensor]) -> Rows:
 
 
 def _rows_of_matrix(grads: Tensor) -> Rows:
-    if grads.layout is not torch.strided or grads.dtype not in FLOAT_DTYPES:
-        grads = _as_real(grads, "grads")
+    _check_kind(grads, "grads")
     if grads.dim() != 2:
         raise ValueError(
             f"grads must have shape (m, n), one row a loss, got {tuple(grads.shape)}; "
             "flatten each loss's gradient to a vector and stack them"
         )
-    m, n = grads.shape
-    if m == 0:
-        raise ValueError(f"grads must hold at least one row, got shape {(m, n)}; pass one row a loss")
-    if n > 1 and grads.stride(1) != 1:
-        grads = grads.contiguous()
-    return Rows(m, n, grads.dtype, grads.device, grads.detach(), ())
+    if len(grads) == 0:
+        raise ValueError(f"grads must hold at least one row, got shape {tuple(grads.shape)}; pass one row a loss")
+    matrix = _plain(grads)
+    m, n = matrix.shape
+    if n > 1 and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    return Rows(m, n, matrix.dtype, matrix.device, matrix, ())
 
 
 def _rows_of_vectors(grads: Sequence[Tensor]) -> Rows:
     if len(grads) == 0:
         raise ValueError("grads must hold at least one vector, got an empty sequence; pass one vector a loss")
-    vectors = []
     for i, row in enumerate(grads):
-        if not isinstance(row, Tensor):
-            raise TypeError(f"grads[{i}] must be a tensor, got {type(row).__name__}; convert it with torch.as_tensor")
-        if row.layout is not torch.strided or row.dtype not in FLOAT_DTYPES:
-            row = _as_real(row, f"grads[{i}]")
-        if row.dim() != 1:
-            raise ValueError(f"grads[{i}] must be a vector of shape (n,), got {tuple(row.shape)}; flatten it first")
-        vectors.append(row.detach().contiguous())
+        _check_row(row, grads[0], i)
+    vectors = tuple(_plain(row).contiguous() for row in grads)
     first = vectors[0]
-    for i, row in enumerate(vectors):
-        if row.dtype != first.dtype:
-            raise TypeError(
-                f"grads[{i}] has dtype {row.dtype} but grads[0] has {first.dtype}; bring all rows to one dtype"
-            )
-        if row.device != first.device:
-            raise ValueError(
-                f"grads[{i}] is on {row.device} but grads[0] is on {first.device}; move all rows to one device"
-            )
-        if row.shape != first.shape:
-            raise ValueError(
-                f"grads[{i}] has {row.numel()} elements but grads[0] has {first.numel()}; "
-                "every loss needs its gradient over the same parameters"
-            )
-    return Rows(len(vectors), first.numel(), first.dtype, first.device, None, tuple(vectors))
+    return Rows(len(vectors), len(first), first.dtype, first.device, None, vectors)
 
 
-def _as_real(tensor: Tensor, name: str) -> Tensor:
-    """The real view of a complex tensor, its last dimension twice as long; an error for what has no gradient."""
+def _check_row(row: Tensor, first: Tensor, index: int) -> None:
+    """Check one row given by itself against the first one."""
+    name = f"grads[{index}]"
+    if not isinstance(row, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(row).__name__}; convert it with torch.as_tensor")
+    _check_kind(row, name)
+    if row.dim() != 1:
+        raise ValueError(f"{name} must be a vector of shape (n,), got {tuple(row.shape)}; flatten it first")
+    if row.dtype != first.dtype:
+        raise TypeError(f"{name} has dtype {row.dtype} but grads[0] has {first.dtype}; bring all rows to one dtype")
+    if row.device != first.device:
+        raise ValueError(f"{name} is on {row.device} but grads[0] is on {first.device}; move all rows to one device")
+    if len(row) != len(first):
+        raise ValueError(
+            f"{name} has {len(row)} elements but grads[0] has {len(first)}; "
+            "every loss needs its gradient over the same parameters"
+        )
+
+
+def _check_kind(tensor: Tensor, name: str) -> None:
+    """Raise TypeError for a tensor that is no dense floating-point or complex one."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; call .to_dense() first")
+    if tensor.dtype in FLOAT_DTYPES or tensor.dtype in REAL_OF_COMPLEX:
+        return
     if tensor.is_quantized:
         raise TypeError(f"{name} must not be quantised, got {tensor.dtype}; call .dequantize() first")
-    if tensor.dtype in REAL_OF_COMPLEX and tensor.dim() >= 1:
-        return torch.view_as_real(tensor.resolve_conj().contiguous()).flatten(-2)
     raise TypeError(
         f"{name} must be float32, float64, bfloat16, float16 or complex, got {tensor.dtype}; convert it with .to()"
     )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A checked tensor whose memory is what it shows: complex as its real view, no negation left for the reader."""
+    if tensor.dtype in REAL_OF_COMPLEX:
+        return torch.view_as_real(tensor.resolve_conj().resolve_neg().contiguous()).flatten(-2)
+    return tensor.resolve_neg()
 
 
 def complex_dtype_of(grads: Tensor | Sequence[Tensor]) -> torch.dtype | None:
@@ -131,46 +133,57 @@ def check_method_weights(weights: object, gramian: Tensor, method: object) -> Te
     return weights.detach().to(gramian.device, torch.float64)
 
 
-def check_out(out: Tensor, rows: Rows, complex_dtype: torch.dtype | None) -> Tensor:
-    """Validate ``out`` against the rows it will combine, and return it as the real (n,) vector to write.
+def check_out(out: Tensor, grads: Tensor | Sequence[Tensor], rows: Rows) -> Tensor:
+    """Validate ``out`` against the gradients it will combine, and return it as the real (n,) vector to write.
 
     Raises:
-        TypeError: not a tensor, or another dtype than the rows'.
-        ValueError: another shape or device, non-contiguous, or overlapping the rows in memory.
+        TypeError: not a dense tensor, or another dtype than the gradients'.
+        ValueError: another shape or device, non-contiguous, or overlapping the gradients in memory.
     """
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    complex_dtype = complex_dtype_of(grads)
     wanted = complex_dtype or rows.dtype
     length = rows.n // 2 if complex_dtype else rows.n
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}; allocate it with torch.empty")
+    if out.layout is not torch.strided:
+        raise TypeError(f"out must be a dense tensor, got layout {out.layout}; allocate it with torch.empty")
     if out.dtype != wanted:
-        raise TypeError(f"out must have the rows' dtype {wanted}, got {out.dtype}; allocate it with that dtype")
+        raise TypeError(f"out must have the gradients' dtype {wanted}, got {out.dtype}; allocate it with that dtype")
     if out.device != rows.device:
-        raise ValueError(f"out must be on the rows' device {rows.device}, got {out.device}; allocate it there")
+        raise ValueError(f"out must be on the gradients' device {rows.device}, got {out.device}; allocate it there")
     if out.shape != (length,):
         raise ValueError(f"out must have shape ({length},), got {tuple(out.shape)}; allocate it with that shape")
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}; pass a contiguous vector")
+    if out.is_conj() or out.is_neg():
+        resolve = "resolve_conj" if out.is_conj() else "resolve_neg"
+        raise ValueError(f"out must not be a lazily conjugated or negated view; pass out.{resolve}()")
     out = out.detach()
     if complex_dtype:
         out = torch.view_as_real(out).flatten()
-    if any(_overlap(out, tensor) for tensor in rows.tensors()):
+    if any(_overlaps(out, tensor) for tensor in ((grads,) if isinstance(grads, Tensor) else grads)):
         raise ValueError(
             "out overlaps grads in memory, so the result would overwrite rows still to be read; pass another tensor"
         )
     return out
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges spanned by two strided tensors of one device meet."""
-    if a.numel() == 0 or b.numel() == 0:
+def _overlaps(out: Tensor, grads: Tensor) -> bool:
+    """Whether contiguous ``out`` shares memory with a matrix or vector of gradients.
+
+    Exact where each row is contiguous: ``out`` may lie between two rows. A row strided within itself counts as all the
+    memory it spans.
+    """
+    if out.numel() == 0 or grads.numel() == 0:
         return False
-    first_a, last_a = _span(a)
-    first_b, last_b = _span(b)
-    return first_a <= last_b and first_b <= last_a
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and last byte address a strided tensor touches."""
-    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    first = tensor.data_ptr()
-    return first, first + (extent + 1) * tensor.element_size() - 1
+    size = grads.element_size()
+    row = (grads.shape[-1] - 1) * grads.stride(-1) * size + size
+    step = grads.stride(0) * size if grads.dim() == 2 else 0
+    begin = out.data_ptr() - grads.data_ptr()
+    end = begin + out.numel() * out.element_size()
+    if step == 0:
+        return begin < row and end > 0
+    # Row i, at [i·step, i·step + row), meets [begin, end) for i in an interval that must hold a row of the matrix.
+    first = max((begin - row) // step + 1, 0)
+    last = min(-(-end // step) - 1, grads.shape[0] - 1)
+    return first <= last

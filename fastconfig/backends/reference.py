@@ -128,6 +128,6 @@ def _chunks(rows: Rows) -> Iterator[tuple[Tensor, slice]]:
     for start in range(0, rows.n, columns):
         where = slice(start, min(start + columns, rows.n))
         if rows.matrix is not None:
-            yield rows.matrix[:, where].to(torch.float64), where
+            yield rows.matrix.detach()[:, where].to(torch.float64), where
         else:
-            yield torch.stack([vector[where].to(torch.float64) for vector in rows.vectors]), where
+            yield torch.stack([vector.detach()[where].to(torch.float64) for vector in rows.vectors]), where

@@ -42,7 +42,7 @@ class ConFIGRule:
     def length_of(self, norms: Tensor, cosines: Tensor) -> Tensor:
         """L from the rows' norms (m,) and their cosines with the direction (m,); rows of norm 0 take no part."""
         if callable(self.length):
-            return torch.as_tensor(self.length(norms, cosines), dtype=norms.dtype, device=norms.device)
+            return _one_number(self.length(norms, cosines), norms)
         if self.length == "projection":
             return norms @ cosines
         return self._tracked_norm(norms) * cosines.sum()
@@ -63,6 +63,16 @@ class ConFIGRule:
             return count / torch.where(active, 1.0 / norms, 0.0).sum().clamp(min=torch.finfo(norms.dtype).tiny)
         # The logarithm keeps the product of many norms from leaving float64's range.
         return torch.where(active, norms, 1.0).log().sum().div(count.clamp(min=1)).exp() * (count > 0)
+
+
+def _one_number(length: object, norms: Tensor) -> Tensor:
+    """What a callable length model returned, as a 0-d tensor beside the norms."""
+    if not isinstance(length, (Tensor, int, float)):
+        raise TypeError(f"length must return a number or a tensor of one element, got {length!r}")
+    value = torch.as_tensor(length, dtype=norms.dtype, device=norms.device)
+    if value.numel() != 1:
+        raise ValueError(f"length must return one number, got shape {tuple(value.shape)}; reduce it, e.g. .mean()")
+    return value.reshape(())
 
 
 def nonfinite_message(row: int) -> str:

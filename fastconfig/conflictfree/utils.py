@@ -248,8 +248,6 @@ def transfer_coef_double(
 
     Returns:
         c as a 0-d tensor, and 1. c is 0 where 0/0 would come out, as it does for parallel vectors (conflictfree: NaN).
-
-    Nothing here uses it any more: the two-loss case goes the way of all others.
     """
     numerator = weights[1] * torch.dot(or_unit_vec_2, unit_vec_1)
     denominator = weights[0] * torch.dot(or_unit_vec_1, unit_vec_2)
@@ -265,8 +263,6 @@ def estimate_conflict(gradients: Tensor) -> Tensor:
     Returns:
         (m,) tensor of the gradients' dtype; 0 for a zero gradient (conflictfree: NaN).
 
-    Raises:
-        TypeError, ValueError: not such a tensor.
     """
     with torch.no_grad():
         measured = norms_and_cosines([*gradients, gradients.sum(dim=0)])
@@ -311,7 +307,7 @@ class RandomSliceSelector:
     """Draws n different elements of a sequence from NumPy's global generator, which ``np.random.seed`` seeds."""
 
     def select(self, n: int, source_sequence: Sequence[Item]) -> tuple[list[int], Item | list[Item]]:
-        """N elements drawn without replacement.
+        """Elements drawn without replacement.
 
         Args:
             n: how many, 0 to ``len(source_sequence)``.
@@ -349,11 +345,11 @@ def _flattened(pieces: list[Tensor]) -> Tensor:
 def _cut(vector: Tensor, parameters: list[torch.nn.Parameter], name: str) -> list[tuple[torch.nn.Parameter, Tensor]]:
     """Each parameter with its piece of ``vector``; all checks are made before the first is handed out."""
     if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}; pass a vector over the parameters")
+        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}; pass one combined vector")
     if vector.dim() != 1:
         raise ValueError(f"{name} must have shape (n,), got {tuple(vector.shape)}; pass one combined vector")
     if vector.numel() != _elements(parameters):
-        with_grad = _elements(parameter for parameter in parameters if getattr(parameter, "grad", None) is not None)
+        with_grad = _elements(parameter for parameter in parameters if parameter.grad is not None)
         raise ValueError(
             f"{name} has {vector.numel()} elements, but the network's parameters have {_elements(parameters)} "
             f"({with_grad} where .grad is not None); collect it from the same network, and where losses reach "

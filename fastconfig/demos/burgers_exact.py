@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 VISCOSITY = 0.01 / math.pi
-"""The viscosity of the test problem. Small enough for the wave to steepen, by t = 0.51, to a front of slope -152 at x = 0."""
+"""Small enough for the wave to steepen, by t = 0.51, to a front of slope -152 at x = 0."""
 
 _NODES = 100
 """Quadrature nodes. With 60 the largest error on t ≤ 1 is 1e-9, from 100 on it is rounding, 1e-15."""

@@ -14,7 +14,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastconfig.demos.burgers import LOSS_NAMES, PAIRS, TestGrid, Trainer
+from fastconfig.demos.burgers import PAIRS, Trainer
+from fastconfig.demos.burgers_problem import LOSS_NAMES, TestGrid
 
 # Okabe and Ito's colours, told apart with every common colour blindness; line styles tell them apart in grey, too.
 _METHOD_LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))
@@ -100,7 +101,8 @@ def _draw_errors(
 
 def _draw_histories(axes: list[Axes], trainers: Sequence[Trainer]) -> None:
     for ax, name in zip(axes, ("test MSE", *(f"{name} loss" for name in LOSS_NAMES)), strict=True):
-        _label(ax, name, "training time (s)", name)
+        quantity = "mean of $(u - u_\\mathrm{exact})^2$" if ax is axes[0] else "mean of squares"
+        _label(ax, name, "training time (s)", quantity)
         ax.set_yscale("log")
         ax.grid(alpha=0.3)
     ran = [(t, line) for t, line in zip(trainers, _METHOD_LINES, strict=True) if t.steps]
@@ -124,7 +126,8 @@ def _draw_cosines(ax: Axes, trainers: Sequence[Trainer]) -> None:
         "training time (s)",
         "cosine",
     )
-    ax.set_ylim(-1.05, 1.05)
+    ax.set_ylim(-1.05, 1.45)  # room for the legend
+    ax.set_yticks(np.linspace(-1.0, 1.0, 5))
     history = next((trainer.history for trainer in trainers if trainer.history.cosines), None)
     if history is None:
         _say_not_run(ax)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from fastconfig.demos.burgers import LOSS_NAMES, Trainer
+from fastconfig.demos.burgers import Trainer
+from fastconfig.demos.burgers_problem import LOSS_NAMES
 
 _SHARE_PER_LINE = 0.2
 """Of the budget, between two lines where there is no terminal."""

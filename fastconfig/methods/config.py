@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,7 +81,11 @@ class ConFIG:
 def _check_direction(weights: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
     if weights is None:
         return None
-    vector = torch.as_tensor(weights).detach()
+    try:
+        # float64 from the start: a list would pass through float32, where 0.1 is 0.10000000149.
+        vector = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
+    except (TypeError, ValueError):
+        vector = torch.empty(())
     if vector.dim() != 1 or vector.numel() == 0 or vector.is_complex() or vector.dtype == torch.bool:
         raise ValueError(f"weights must be a vector of real numbers, one a loss, got {weights!r}")
     values = tuple(float(value) for value in vector.tolist())
