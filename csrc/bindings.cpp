@@ -30,8 +30,8 @@ void use_tier(const std::string& name) {
         }
     std::string names;
     for (const Tier* tier : tiers()) names += std::string(names.empty() ? "" : ", ") + tier->name;
-    throw std::invalid_argument("ISA tier (FASTCONFIG_ISA) must be one this machine runs, " + names + ", got '" +
-                                name + "'");
+    throw std::invalid_argument("ISA tier (FASTCONFIG_ISA) must be one this machine runs, " + names + ", got '" + name +
+                                "'");
 }
 
 double* doubles(std::uintptr_t address) { return reinterpret_cast<double*>(address); }
@@ -72,8 +72,8 @@ int64_t config_combine(const py::handle& where, int64_t n, DType dtype, const Co
     std::vector<double> own((gramian ? 0 : m * m) + (weights ? 0 : m));
     double* k = gramian ? doubles(gramian) : own.data();
     double* c = weights ? doubles(weights) : own.data() + own.size() - m;
-    return Engine{active_tier, threads}.config_combine({row.data(), m, n, dtype}, rule, reinterpret_cast<void*>(out),
-                                                       k, c);
+    return Engine{active_tier, threads}.config_combine({row.data(), m, n, dtype}, rule, reinterpret_cast<void*>(out), k,
+                                                       c);
 }
 
 int64_t config_weights(std::uintptr_t gramian, int64_t m, const ConfigRule& rule, std::uintptr_t weights) {

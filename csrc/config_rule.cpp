@@ -30,8 +30,8 @@ Active active_rows(const double* gramian, int64_t m, const std::vector<double>& 
     for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < k; ++j)
             active.unit[i * k + j] = i == j ? 1.0
-                                            : gramian[active.index[i] * m + active.index[j]] *
-                                                  (1.0 / active.norm[j]) * (1.0 / active.norm[i]);
+                                            : gramian[active.index[i] * m + active.index[j]] * (1.0 / active.norm[j]) *
+                                                  (1.0 / active.norm[i]);
     return active;
 }
 

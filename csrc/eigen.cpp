@@ -55,8 +55,7 @@ void implicit_ql(double* diagonal, double* off, double* q, int64_t m) {
     for (int64_t l = 0; l < m; ++l) {
         for (;;) {
             int64_t end = l;  // T splits behind the first negligible off-diagonal entry
-            while (end + 1 < m &&
-                   std::fabs(off[end]) > eps * (std::fabs(diagonal[end]) + std::fabs(diagonal[end + 1])))
+            while (end + 1 < m && std::fabs(off[end]) > eps * (std::fabs(diagonal[end]) + std::fabs(diagonal[end + 1])))
                 ++end;
             if (end == l) break;
             double g = (diagonal[l + 1] - diagonal[l]) / (2.0 * off[l]);

@@ -51,7 +51,8 @@ double* scratch_of(int64_t size) {
 }
 
 void gramian_block(const Tier& tier, const Rows& rows, Columns columns, double* partial) {
-    tier.gramian[static_cast<int>(rows.dtype)](rows.row, rows.m, columns, partial, scratch_of(tier.scratch_size(rows.m)));
+    tier.gramian[static_cast<int>(rows.dtype)](rows.row, rows.m, columns, partial,
+                                               scratch_of(tier.scratch_size(rows.m)));
 }
 
 // Adds the blocks' packed partial sums in block order and writes both triangles.

@@ -9,9 +9,7 @@ namespace fastconfig {
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 constexpr int kDTypes = 4;
 
-constexpr int64_t size_of(DType dtype) {
-    return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // m rows of n elements each, anywhere in memory; each row is contiguous.
 struct Rows {

@@ -98,9 +98,7 @@ struct Float16 {
         _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)narrow(v), _MM_FROUND_TO_NEAREST_INT));
     }
 #elif FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 32
-    static Doubles load(const uint16_t* p) {
-        return widen((Floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
-    }
+    static Doubles load(const uint16_t* p) { return widen((Floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p))); }
     static void store(uint16_t* p, Doubles v) {
         _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)narrow(v), _MM_FROUND_TO_NEAREST_INT));
     }
@@ -114,8 +112,9 @@ struct Float16 {
         Words special = bits<Words>(magnitude >= 65536.0f) & 0x7f800000;
         return widen(bits<Floats>(bits<Words>(magnitude) | special | sign));
     }
-    // Normal results: rebias the exponent and round the mantissa to nearest even by integer arithmetic, whose carry runs
-    // into the exponent as it should. Subnormal results: adding 0.5, whose last bit is worth 2^-24, rounds by itself.
+    // Normal results: rebias the exponent and round the mantissa to nearest even by integer arithmetic, whose carry
+    // runs into the exponent as it should. Subnormal results: adding 0.5, whose last bit is worth 2^-24, rounds by
+    // itself.
     static void store(uint16_t* p, Doubles v) {
         Words w = bits<Words>(narrow(v));
         Words sign = (w >> 16) & 0x8000;
@@ -179,9 +178,9 @@ void gramian_few(const void* const* row, Columns columns, double* partial) {
     }
 }
 
-// More rows: tiles of at most kTileRows × kTileCols pairs, whose sums stay in registers while a panel of columns passes.
-// The tile's first rows are converted once a panel into a buffer of doubles that stays in the first-level cache; the
-// others are converted as they are loaded, by execution ports that the multiplications leave free.
+// More rows: tiles of at most kTileRows × kTileCols pairs, whose sums stay in registers while a panel of columns
+// passes. The tile's first rows are converted once a panel into a buffer of doubles that stays in the first-level
+// cache; the others are converted as they are loaded, by execution ports that the multiplications leave free.
 #if FASTCONFIG_VECTOR_BYTES == 64
 constexpr int kTileRows = 6, kTileCols = 4;  // 24 sums + 4 + 1 of 32 registers
 #else
@@ -292,7 +291,7 @@ class Prefetcher {
     const void* const* row_;
     int64_t m_, first_byte_, lines_, row_at_ = 0, line_at_ = 0;
 
-   public:
+ public:
     Prefetcher(const void* const* row, int64_t m, Columns next, int64_t element)
         : row_(row), m_(m), first_byte_(next.first * element), lines_((next.count * element + kLine - 1) / kLine) {}
 
@@ -438,8 +437,8 @@ void combine(const void* const* row, const double* c, int64_t m, Columns columns
         __builtin_memset(target + columns.first, 0, columns.count * sizeof(Element));
         return;
     }
-    const bool streamed = FASTCONFIG_X86 && past_cache &&
-                          reinterpret_cast<uintptr_t>(target + columns.first) % sizeof(Doubles) == 0;
+    const bool streamed =
+        FASTCONFIG_X86 && past_cache && reinterpret_cast<uintptr_t>(target + columns.first) % sizeof(Doubles) == 0;
     alignas(64) Element strip[kStrip];
     for (int64_t first = columns.first; first < last; first += kStrip) {
         int64_t count = last - first < kStrip ? last - first : kStrip;

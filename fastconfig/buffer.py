@@ -285,8 +285,8 @@ class GradientBuffer:
                 raise RuntimeError(
                     f"parameter {i} of the buffer, shape {tuple(made_for.shape)}, had its storage replaced after the "
                     f"buffer was made (it was {made_for.dtype} on {made_for.device}, it is {parameter.dtype} on "
-                    f"{parameter.device}, shape {tuple(parameter.shape)}), as .to(), .half() or an assignment to .data do; "
-                    "make a new GradientBuffer after such a change"
+                    f"{parameter.device}, shape {tuple(parameter.shape)}), as .to(), .half() or an assignment to .data "
+                    "do; make a new GradientBuffer after such a change"
                 )
 
 
@@ -312,7 +312,9 @@ def _trained(parameters: Iterable[Tensor]) -> list[Tensor]:
         if not parameter.requires_grad:
             continue
         if not parameter.is_leaf:
-            raise ValueError(f"parameters[{i}] is not a leaf: it has no .grad of its own; pass the parameter it is from")
+            raise ValueError(
+                f"parameters[{i}] is not a leaf: it has no .grad of its own; pass the parameter it is from"
+            )
         if parameter.layout is not torch.strided or parameter.dtype not in (*FLOAT_DTYPES, *REAL_OF_COMPLEX):
             raise TypeError(
                 f"parameters[{i}] must be a dense float32, float64, bfloat16, float16 or complex tensor, got "
@@ -340,7 +342,9 @@ def _check_loss(loss: Tensor, index: int) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"losses[{index}] must return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
-        raise ValueError(f"losses[{index}] must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()")
+        raise ValueError(
+            f"losses[{index}] must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()"
+        )
     if not loss.requires_grad:
         raise ValueError(
             f"losses[{index}] does not require grad, so no gradient can come of it; compute it from the parameters, "

@@ -1,1 +1,63 @@
-def show_config(): pass
+"""What runs here: versions, backends, ISA tiers, threads. For a person (show_config) and for bug reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import TextIO
+
+import torch
+
+from fastconfig import backends
+from fastconfig.backends import cpu
+
+_FORCING = ("FASTCONFIG_BACKEND", "FASTCONFIG_ISA")
+
+
+def collect_config() -> dict[str, str]:
+    """What ``show_config`` prints, as name -> value, in order."""
+    return {
+        "fastconfig": _version_of("fastconfig"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": str(torch.__version__),
+        "triton": _version_of("triton"),
+        "threads": f"{torch.get_num_threads()} (torch.get_num_threads)",
+        **{f"backend {name}": _state_of_backend(name) for name in backends.BACKENDS},
+        "ISA tier": _state_of_tiers(),
+        "environment": ", ".join(f"{name}={os.environ[name]}" for name in _FORCING if name in os.environ) or "default",
+    }
+
+
+def show_config(file: TextIO | None = None) -> None:
+    """Print what fastconfig runs on: versions, each backend and why one is missing, the ISA tier in use, threads.
+
+    Args:
+        file: where to print, standard output by default.
+    """
+    entries = collect_config()
+    width = max(map(len, entries))
+    for name, value in entries.items():
+        print(f"{name:{width}}  {value}", file=file or sys.stdout)
+
+
+def _state_of_backend(name: str) -> str:
+    reason = backends.BACKENDS[name].available()
+    if reason is not None:
+        return f"missing: {reason}"
+    device = backends.DEVICE_TYPES.get(name)
+    return f"ready, drives {device} tensors" if device else "ready, drives every device that has no other backend"
+
+
+def _state_of_tiers() -> str:
+    if cpu.available() is not None:
+        return "none: the compiled core is missing"
+    return f"{cpu.active_tier()} (this machine runs {', '.join(cpu.tiers())})"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

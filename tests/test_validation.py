@@ -108,9 +108,9 @@ BAD_OUT = {
     "complex": (lambda: torch.zeros(4) + 0j, TypeError, ("out", "torch.complex64", "torch.float32", "allocate")),
     "integer": (lambda: torch.zeros(4).long(), TypeError, ("out", "torch.int64", "torch.float32", "allocate")),
     "other device": (lambda: torch.zeros(4, device="meta"), ValueError, ("out", "meta", "cpu", "allocate")),
-    "strided": (lambda: torch.zeros(8)[::2], ValueError, ("out", "contiguous", "strides (2,)", "allocate")),
-    "expanded": (lambda: torch.zeros(1).expand(4), ValueError, ("out", "contiguous", "strides (0,)", "allocate")),
-    "negated lazily": (lambda: torch._neg_view(torch.zeros(4)), ValueError, ("out", "negated view", "allocate")),
+    "strided": (lambda: torch.zeros(8)[::2], ValueError, ("out", "strides (2,)", "contiguous")),
+    "expanded": (lambda: torch.zeros(1).expand(4), ValueError, ("out", "strides (0,)", "contiguous")),
+    "negated lazily": (lambda: torch._neg_view(torch.zeros(4)), ValueError, ("out", "negated view")),
     "sparse": (lambda: torch.zeros(4).to_sparse(), TypeError, ("out", "torch.sparse_coo")),
     "list": (lambda: [0.0] * 4, TypeError, ("out", "list", "tensor")),
 }
@@ -132,7 +132,7 @@ def test_bad_out(backend, name):
     [
         (torch.zeros(8), TypeError, ("out", "torch.float32", "torch.complex64")),
         (torch.zeros(8) + 0j, ValueError, ("out", "(8,)", "(4,)")),
-        ((torch.zeros(4) + 0j).conj(), ValueError, ("out", "conjugated", "allocate")),
+        ((torch.zeros(4) + 0j).conj(), ValueError, ("out", "conjugated")),
     ],
     ids=["real", "twice as long", "conjugated lazily"],
 )

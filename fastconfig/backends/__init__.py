@@ -22,10 +22,18 @@ __all__ = ["BACKENDS", "Backend", "select"]
 class Backend(Protocol):
     """What every backend module provides; the meaning of each function is in ``reference``."""
 
-    def available(self) -> str | None: ...
-    def gramian(self, rows: Rows) -> Tensor: ...
-    def apply(self, rows: Rows, weights: Tensor, out: Tensor) -> None: ...
-    def config_weights(self, gramian: Tensor, rule: ConFIGRule) -> Tensor: ...
+    def available(self) -> str | None:
+        """Why it cannot run here, or None where it can."""
+
+    def gramian(self, rows: Rows) -> Tensor:
+        """K = G Gᵀ, (m, m) float64."""
+
+    def apply(self, rows: Rows, weights: Tensor, out: Tensor) -> None:
+        """Write Σ c_i g_i to ``out`` (n,)."""
+
+    def config_weights(self, gramian: Tensor, rule: ConFIGRule) -> Tensor:
+        """ConFIG's c, (m,) float64, from K."""
+
     def config_combine(
         self,
         rows: Rows,
@@ -33,7 +41,8 @@ class Backend(Protocol):
         out: Tensor,
         gramian_out: Tensor | None = None,
         weights_out: Tensor | None = None,
-    ) -> None: ...
+    ) -> None:
+        """All of it; K and c are kept where tensors for them are given."""
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu}

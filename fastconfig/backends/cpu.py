@@ -1,4 +1,4 @@
-"""The compiled CPU backend: ``csrc/`` on the tensors' own memory, nothing copied. Meaning of each function: reference."""
+"""The compiled CPU backend: ``csrc/`` on the tensors' own memory. What each function means stands in ``reference``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastconfig.validation import Rows
 
 try:
     from fastconfig import _core
-except ImportError as error:
-    _core = None
+except ImportError as error:  # a source tree that was never built: `auto` then uses the reference
     _IMPORT_ERROR = str(error)
 else:
+    _IMPORT_ERROR = ""
     _DTYPES = {
         torch.float32: _core.DType.float32,
         torch.float64: _core.DType.float64,
@@ -30,7 +30,7 @@ else:
 
 def available() -> str | None:
     """Why the compiled core cannot run here, or None where it can."""
-    return f"the compiled core could not be imported ({_IMPORT_ERROR})" if _core is None else None
+    return f"the compiled core could not be imported ({_IMPORT_ERROR})" if _IMPORT_ERROR else None
 
 
 def tiers() -> list[str]:
@@ -118,9 +118,10 @@ def _addresses(rows: Rows) -> tuple[int, int, int] | list[int]:
 @lru_cache(maxsize=256)
 def _native(rule: ConFIGRule, m: int) -> _core.ConfigRule:
     """The rule as the core reads it; a negative index of a tracked loss counts from the end."""
-    tracks_one = isinstance(rule.length, int)
-    length = len(LENGTH_NAMES) if tracks_one else LENGTH_NAMES.index(str(rule.length))
-    tracked = rule.length % m if tracks_one else 0
+    if isinstance(rule.length, int):
+        length, tracked = len(LENGTH_NAMES), rule.length % m
+    else:
+        length, tracked = LENGTH_NAMES.index(str(rule.length)), 0
     return _core.ConfigRule(
         list(rule.direction or ()), length, tracked, rule.rtol, NONFINITE_NAMES.index(rule.nonfinite)
     )

@@ -33,7 +33,7 @@ def gramian(rows: Rows) -> Tensor:
 
 
 def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
-    """out = Σ c_i g_i, accumulated in float64 and rounded once; a row of weight 0 is not read, so its NaN stays out.
+    """Write Σ c_i g_i to ``out``, accumulated in float64 and rounded once. A row of weight 0 takes no part, NaN or not.
 
     Args:
         rows: m rows of n elements.

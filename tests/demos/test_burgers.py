@@ -159,7 +159,6 @@ def test_training_is_reproducible_and_starts_from_the_same_weights():
         assert torch.equal(end, again)
         assert not torch.equal(end, different)
         assert trained.steps == 9
-        assert trained.history.errors[-1] == pytest.approx(trained.history.errors[-1])
         assert np.isfinite(trained.losses).all()
         assert trained.share == 1.0
     assert trainers[0].combine_seconds is None
@@ -168,7 +167,7 @@ def test_training_is_reproducible_and_starts_from_the_same_weights():
 
 
 def test_training_lowers_the_error_of_every_method():
-    trainers = [trainer(kind, steps=120) for kind in burgers.TRAINERS]
+    trainers = [trainer(kind, steps=80) for kind in burgers.TRAINERS]
     burgers.train(trainers, TestGrid(CPU), never, lambda: None)
     for trained in trainers:
         errors = trained.history.errors
@@ -176,7 +175,7 @@ def test_training_lowers_the_error_of_every_method():
         assert trained.history.seconds == sorted(trained.history.seconds)
         assert len(trained.history.losses) == len(errors)
     cosines = np.array(trainers[1].history.cosines)
-    assert cosines.shape == (12, 3)
+    assert cosines.shape == (8, 3)
     assert (np.abs(cosines) <= 1).all()
 
 
@@ -221,31 +220,35 @@ def test_training_stops_when_asked_and_restores_the_threads():
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("steps", [(0, 0, 0), (4, 0, 0), (4, 21, 5)])
-def test_picture_of_what_there_is(tmp_path, steps):
+def test_picture_of_what_there_is(tmp_path):
+    """A network that diverged, one in the middle of its work, one that has not begun."""
     figure = pytest.importorskip("fastconfig.demos.burgers_figure")
     grid = TestGrid(CPU)
-    trainers = []
-    for kind, count in zip(burgers.TRAINERS, steps, strict=True):
-        trained = trainer(kind, steps=max(1, count))
+    trainers = [trainer(kind, steps=21) for kind in burgers.TRAINERS]
+    for trained in trainers[:2]:
         trained.evaluate(grid)
-        if count:
-            trained.train_until(1.0, never)
-            trained.evaluate(grid)
-        trainers.append(trained)
+        trained.train_until(0.5, never)
+    with torch.no_grad():
+        next(trainers[0].network.parameters()).fill_(math.nan)
+    for trained in trainers:
+        trained.evaluate(grid)
     path = tmp_path / "picture.png"
     figure.save_figure(trainers, grid, path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_picture_of_a_network_that_diverged(tmp_path):
+def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     figure = pytest.importorskip("fastconfig.demos.burgers_figure")
-    trained = trainer(burgers.SummedLoss, steps=1)
-    trained.train_until(1.0, never)
-    with torch.no_grad():
-        next(trained.network.parameters()).fill_(math.nan)
-    trained.evaluate(TestGrid(CPU))
-    others = [trainer(kind, steps=1) for kind in burgers.TRAINERS[1:]]
-    figure.save_figure([trained, *others], TestGrid(CPU), tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+
+    def half_written(self, target, **_):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure.Figure, "savefig", half_written)
+    with pytest.raises(OSError, match="disk full"):
+        figure.save_figure([trainer(kind, steps=1) for kind in burgers.TRAINERS], TestGrid(CPU), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
