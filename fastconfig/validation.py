@@ -156,8 +156,7 @@ def check_out(out: Tensor, grads: Tensor | Sequence[Tensor], rows: Rows) -> Tens
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}; pass a contiguous vector")
     if out.is_conj() or out.is_neg():
-        resolve = "resolve_conj" if out.is_conj() else "resolve_neg"
-        raise ValueError(f"out must not be a lazily conjugated or negated view; pass out.{resolve}()")
+        raise ValueError("out must not be a lazily conjugated or negated view; allocate a tensor with torch.empty")
     out = out.detach()
     if complex_dtype:
         out = torch.view_as_real(out).flatten()

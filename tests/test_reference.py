@@ -99,22 +99,6 @@ def test_gramian_is_symmetric_to_the_bit(backend, m):
     assert torch.equal(gramian, gramian.T)
 
 
-@pytest.mark.parametrize(("m", "n"), [(3, 1000), (17, 333), (5, 100_000)])
-def test_same_bits_for_any_number_of_threads(backend, m, n):
-    rows = random_rows(m, n, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        answers = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            answers.append((fc.gramian(rows, backend=backend), fc.combine(rows, backend=backend)))
-    finally:
-        torch.set_num_threads(threads)
-    for gramian, combined in answers[1:]:
-        assert torch.equal(gramian, answers[0][0])
-        assert torch.equal(combined, answers[0][1])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cut_does_not_move_with_the_number_of_parameters(backend, dtype):
     # pinv and lstsq cut at eps·n: at this n and these scales in float32 they return conflicting directions.

@@ -2,7 +2,8 @@
 
 Each function states one clause of the numerics contract. The compiled backends are tested against this file, so it is
 written to be read and checked by hand, not to be fast: it holds at most a few chunks of columns in float64 at a time,
-synchronises nothing, and branches on no tensor's value.
+synchronises nothing, and branches on no tensor's value. One clause it leaves to the compiled backends: its matrix
+products are the BLAS's, whose last bits may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def gramian(rows: Rows) -> Tensor:
     total = torch.zeros(rows.m, rows.m, dtype=torch.float64, device=rows.device)
     for chunk, _ in _chunks(rows):
         total += chunk @ chunk.T
-    return total
+    return total.tril() + total.tril(-1).T  # a matrix product need not be symmetric to the bit
 
 
 def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:

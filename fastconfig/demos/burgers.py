@@ -153,7 +153,7 @@ class SummedLoss(Trainer):
 
     def _step(self) -> None:
         self._optimizer.zero_grad()
-        torch.stack(self._all_losses()).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(self._all_losses()).sum().backward()
         self._optimizer.step()
 
 
@@ -196,7 +196,7 @@ class MConFIGTrainer(Trainer):
         index = self.steps % len(LOSS_NAMES)
         with self._buffer.record(index):
             loss = self.problem.loss(self.network, index)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self.losses[index] = loss.item()
         with self._combining():
             self._operator.update_gradient(self.network, index, self._buffer.rows[index])

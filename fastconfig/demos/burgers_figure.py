@@ -22,7 +22,7 @@ _METHOD_LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))
 _PAIR_LINES = (("#CC79A7", "-"), ("#E69F00", "--"), ("#56B4E9", "-."))
 _ERROR_RANGE = (1e-4, 1.0)
 _FONT_SIZE = 11
-_COSINE_BINS = 80
+_COSINE_BINS = 40
 
 Field = NDArray[np.float64]
 
@@ -119,7 +119,7 @@ def _draw_histories(axes: list[Axes], trainers: Sequence[Trainer]) -> None:
 
 
 def _draw_cosines(ax: Axes, trainers: Sequence[Trainer]) -> None:
-    """Median and 10 to 90 % range of each pair's cosine in each of 80 stretches of time."""
+    """Median and 10 to 90 % range of each pair's cosine in each of 40 stretches of time."""
     _label(
         ax,
         "cosines between the losses' gradients while ConFIG trains: median, and the range of 80 % of the steps",
@@ -137,11 +137,11 @@ def _draw_cosines(ax: Axes, trainers: Sequence[Trainer]) -> None:
     middle = [seconds[steps].mean() for steps in bins]
     for (i, j), (color, style), values in zip(PAIRS, _PAIR_LINES, cosines.T, strict=True):
         low, median, high = np.array([np.quantile(values[steps], (0.1, 0.5, 0.9)) for steps in bins]).T
-        label = f"{LOSS_NAMES[i]} and {LOSS_NAMES[j]}: below 0 in {np.mean(values < 0):.0%} of the steps"
-        ax.fill_between(middle, low, high, color=color, alpha=0.2, linewidth=0)
+        label = f"{LOSS_NAMES[i]} and {LOSS_NAMES[j]}: below 0 in {100 * np.mean(values < 0):.0f} % of the steps"
+        ax.fill_between(middle, low, high, color=color, alpha=0.15, linewidth=0)
         ax.plot(middle, median, color=color, linestyle=style, linewidth=2, label=label)
     ax.axhline(0.0, color="black", linewidth=0.8)
-    ax.margins(x=0.0)
+    ax.set_xlim(0.0, seconds[-1] + 1e-9)
     ax.legend(fontsize=_FONT_SIZE - 1, ncols=len(PAIRS), loc="upper center")
 
 

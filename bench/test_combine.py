@@ -1,0 +1,63 @@
+"""Timings of one combination, contender by contender, for pytest-benchmark; ``bench/run.py`` makes the table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from contenders import CONTENDERS, FLOAT32_ONLY, SHAPES, Shape, quality
+
+CASES = [
+    pytest.param(shape, name, id=f"{shape.name}-{name}")
+    for shape in SHAPES
+    for name in CONTENDERS
+    if shape.dtype is torch.float32 or name not in FLOAT32_ONLY
+]
+MEASURED_BYTES = 1 << 35
+"""Traffic a case is measured over, at the floor's count of bytes: rounds enough for a median on a noisy machine."""
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """The gradients of the current shape, drawn once."""
+    kept = {}
+
+    def of(shape: Shape) -> torch.Tensor:
+        if shape not in kept:
+            kept.clear()
+            kept[shape] = shape.gradients()
+        return kept[shape]
+
+    return of
+
+
+def peak_growth(call) -> int | None:
+    """Bytes by which a call raises the process's resident peak over what is resident before it (Linux only)."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    call()
+    reset.write_text("5")
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+@pytest.mark.parametrize(("shape", "name"), CASES)
+def test_combination(benchmark, gradients, shape, name):
+    grads = gradients(shape)
+    call = CONTENDERS[name](grads)
+    slow = name.startswith(("conflictfree", "torchjd"))
+    traffic = (2 * shape.m + 1) * shape.n * grads.element_size() * (20 if slow else 1)
+    rounds = max(5, min(5000, MEASURED_BYTES // (traffic + (1 << 22))))
+    answer = benchmark.pedantic(call, rounds=rounds, warmup_rounds=min(rounds // 5 + 1, 50))
+    benchmark.extra_info.update(m=shape.m, n=shape.n, dtype=str(shape.dtype)[6:], contender=name)
+    if name != "floor":
+        found = quality(answer, grads)
+        benchmark.extra_info.update(error=found.error, least_cosine=found.least_cosine, peak_bytes=peak_growth(call))

@@ -1,0 +1,62 @@
+"""show_config says what runs here, and what is missing."""
+
+import io
+import os
+import subprocess
+import sys
+
+import torch
+
+import fastconfig as fc
+from fastconfig import diagnostics
+from fastconfig.backends import cpu
+
+
+def shown() -> dict[str, str]:
+    stream = io.StringIO()
+    fc.show_config(stream)
+    return {name.strip(): value for name, _, value in (line.partition("  ") for line in stream.getvalue().splitlines())}
+
+
+def test_versions_threads_backends_and_tier_are_shown():
+    text = io.StringIO()
+    fc.show_config(text)
+    for fact in (fc.__version__, torch.__version__, f"{torch.get_num_threads()} (", cpu.active_tier(), *cpu.tiers()):
+        assert fact in text.getvalue()
+    assert shown().keys() == diagnostics.collect_config().keys()
+    assert diagnostics.collect_config()["backend cpu"] == "ready, drives cpu tensors"
+
+
+def test_a_missing_core_is_named_with_its_reason(monkeypatch):
+    monkeypatch.setattr(cpu, "_IMPORT_ERROR", "No module named fastconfig._core")
+    config = diagnostics.collect_config()
+    assert config["backend cpu"].startswith("missing: ")
+    assert "No module named fastconfig._core" in config["backend cpu"]
+    assert config["ISA tier"].startswith("none")
+
+
+def test_it_prints_to_standard_output(capsys):
+    fc.show_config()
+    assert fc.__version__ in capsys.readouterr().out
+
+
+def test_a_source_tree_without_the_core_falls_back_to_the_reference():
+    code = (
+        "import sys; sys.modules['fastconfig._core'] = None\n"
+        "import torch, fastconfig as fc\n"
+        "from fastconfig import backends\n"
+        "assert backends.select(torch.device('cpu')).__name__.endswith('reference')\n"
+        "print(fc.combine(torch.tensor([[-4.0, 1, 1], [6, 1, 1]])).tolist())\n"
+        "try: backends.select(torch.device('cpu'), 'cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "0.1588" in done.stdout
+    assert "cannot run" in done.stdout
+
+
+def test_the_environment_is_shown():
+    code = "import fastconfig as fc; fc.show_config()"
+    environment = {**os.environ, "FASTCONFIG_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "FASTCONFIG_BACKEND=reference" in done.stdout
