@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -21,6 +22,8 @@ _PICTURE = "burgers.png"
 _DEFAULT_SECONDS = 60.0
 _INTERRUPTED = 130
 """128 + SIGINT, what a shell reports of a command that Ctrl-C ended."""
+_PIPE_CLOSED = 141
+"""128 + SIGPIPE."""
 
 
 class Interrupt:
@@ -57,20 +60,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its arguments, without the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0, or 2 where it cannot start, 130 after Ctrl-C.
+        The exit code: 0, 2 where it cannot start or write, 130 after Ctrl-C, 141 where nobody reads its output.
 
     Raises:
         SystemExit: from argparse, 2 for wrong arguments and 0 after ``--help``.
     """
     parser, demo = _parsers()
     arguments = parser.parse_args(argv)
-    if arguments.command == "doctor":
-        show_config()
-        return 0
     try:
-        return _demo_burgers(arguments, demo)
+        if arguments.command == "demo":
+            return _demo_burgers(arguments, demo)
+        show_config()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        # As in `fastconfig doctor | head -1`. Else the interpreter fails once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return 0
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:

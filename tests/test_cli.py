@@ -89,6 +89,13 @@ def test_doctor_shows_the_configuration(monkeypatch):
     assert calls == [1]
 
 
+def test_a_reader_that_leaves_early_is_no_traceback():
+    command = f"{sys.executable} -m fastconfig doctor | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
+    assert ended.returncode == 141
+    assert ended.stderr == ""
+
+
 @pytest.mark.parametrize("package", ["matplotlib", "rich"])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(capsys, monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
