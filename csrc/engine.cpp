@@ -38,6 +38,18 @@ int threads_for(const Rows& rows, int threads) {
     return static_cast<int>(std::clamp<int64_t>(Blocks(rows).count(), 1, threads));
 }
 
+// Calls work(block) for every block, each thread on a run of its own: the same run in both passes, so that a pass finds
+// in a core's cache what the pass before left there. The second pass goes backwards for the same reason.
+template <class Work>
+void for_each_block(int64_t count, int threads, bool backwards, Work work) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const int64_t first = count * thread / team, last = count * (thread + 1) / team;
+        for (int64_t block = first; block < last; ++block) work(backwards ? first + last - 1 - block : block);
+    }
+}
+
 // A thread's scratch, kept between calls: fresh memory would be mapped and faulted in by every call.
 double* scratch_of(int64_t size) {
     thread_local std::unique_ptr<double[]> memory;
@@ -92,17 +104,16 @@ void Engine::gramian(const Rows& rows, double* gramian) const {
     const Blocks blocks(rows);
     const int64_t count = blocks.count(), size = packed_size(rows.m);
     std::vector<double> partials(count * size);
-#pragma omp parallel for num_threads(threads_for(rows, threads)) schedule(static)
-    for (int64_t block = 0; block < count; ++block) gramian_block(*tier, rows, blocks[block], &partials[block * size]);
+    for_each_block(count, threads_for(rows, threads), false,
+                   [&](int64_t block) { gramian_block(*tier, rows, blocks[block], &partials[block * size]); });
     reduce(partials, count, rows.m, gramian);
 }
 
 void Engine::apply(const Rows& rows, const double* weights, void* out) const {
     const Used used(rows, weights);
     const Blocks blocks(rows);
-    const int64_t count = blocks.count();
-#pragma omp parallel for num_threads(threads_for(rows, threads)) schedule(static)
-    for (int64_t block = 0; block < count; ++block) combine_block(*tier, rows, used, blocks[block], out);
+    for_each_block(blocks.count(), threads_for(rows, threads), true,
+                   [&](int64_t block) { combine_block(*tier, rows, used, blocks[block], out); });
 }
 
 int64_t Engine::config_combine(const Rows& rows, const ConfigRule& rule, void* out, double* gramian,

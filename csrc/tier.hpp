@@ -32,7 +32,7 @@ struct Tier {
     const char* name;
     int vector_bytes;
 
-    // Doubles of scratch that gramian needs for m rows: 16 KiB of converted rows, and a vector for each pair.
+    // Doubles of scratch that gramian needs for m rows: a vector of sums for each pair.
     int64_t (*scratch_size)(int64_t m);
 
     // partial (packed_size(m)) = Σ over the columns of g_i · g_j, in float64; reads each element once.

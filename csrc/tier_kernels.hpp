@@ -7,6 +7,8 @@
 // intrinsics. No standard header may be included here: its inline functions would be compiled for this tier, and the
 // linker could keep that copy for all.
 
+#define INLINE __attribute__((always_inline))  // on what stands in the hot loops: they are nothing without it
+
 constexpr int kLanes = FASTCONFIG_VECTOR_BYTES / 8;
 
 typedef double Doubles __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES)));
@@ -34,9 +36,9 @@ inline To bits(From from) {
     return to;
 }
 
-// GCC 12 lowers __builtin_convertvector between these two to halves and a shuffle, so x86 names its one instruction.
+// GCC 12 lowers __builtin_convertvector to detours through halves and shuffles, so x86 names its one instruction.
 // (The masked AVX-512 forms, all lanes on, because the plain ones read an undefined register in GCC's header.)
-inline Doubles widen(Floats f) {
+INLINE inline Doubles widen(Floats f) {
 #if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
     return (Doubles)_mm512_maskz_cvtps_pd(0xff, (__m256)f);
 #elif FASTCONFIG_X86
@@ -46,7 +48,7 @@ inline Doubles widen(Floats f) {
 #endif
 }
 
-inline Floats narrow(Doubles d) {
+INLINE inline Floats narrow(Doubles d) {
 #if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
     return (Floats)_mm512_maskz_cvtpd_ps(0xff, (__m512d)d);
 #elif FASTCONFIG_X86
@@ -56,141 +58,125 @@ inline Floats narrow(Doubles d) {
 #endif
 }
 
-inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
+INLINE inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
 
-// ---- element types: how kLanes of them become doubles, and how doubles become them ----
+// ---- element types ----
+// A step is kStep neighbouring elements, read and written as kParts vectors of doubles. Which element goes to which
+// part is the type's own affair: sums over columns do not care, and store undoes what load did.
 
 struct Float32 {
     typedef float Element;
-    static Doubles load(const float* p) { return widen(load_raw<Floats>(p)); }
-    static void store(float* p, Doubles v) { store_raw(p, narrow(v)); }
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const float* p, int) { return widen(load_raw<Floats>(p)); }
+    INLINE static void store(float* p, const Doubles* part) { store_raw(p, narrow(part[0])); }
 };
 
 struct Float64 {
     typedef double Element;
-    static Doubles load(const double* p) { return load_raw<Doubles>(p); }
-    static void store(double* p, Doubles v) { store_raw(p, v); }
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const double* p, int) { return load_raw<Doubles>(p); }
+    INLINE static void store(double* p, const Doubles* part) { store_raw(p, part[0]); }
 };
 
+// The even elements and the odd ones: a little-endian word of two bfloat16 is the odd one's float as soon as its lower
+// half is cleared, and the even one's when shifted up. Nothing is ever shuffled.
 struct BFloat16 {
     typedef uint16_t Element;
-    static Doubles load(const uint16_t* p) {
-        Words wide = __builtin_convertvector(load_raw<Halves>(p), Words) << 16;
-        return widen(bits<Floats>(wide));
+    static constexpr int kParts = 2;
+    INLINE static Doubles load(const uint16_t* p, int part) {
+        const Words pair = load_raw<Words>(p);
+        return widen(bits<Floats>(part == 0 ? pair << 16 : pair & 0xffff0000u));
     }
-    // Round to nearest even on the float's upper half; a NaN keeps its sign and stays quiet.
-    static void store(uint16_t* p, Doubles v) {
-        Floats f = narrow(v);
-        Words w = bits<Words>(f);
-        Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-        Words quiet = (w >> 16) | 0x40;
-        store_raw(p, __builtin_convertvector(select(bits<Words>(f != f), quiet, rounded), Halves));
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        store_raw(p, rounded(part[0]) >> 16 | (rounded(part[1]) & 0xffff0000u));
+    }
+
+ private:
+    // To nearest even in the float's upper half. A NaN is not rounded, or its mantissa might overflow; narrowing has
+    // made it quiet, so it survives losing its lower half.
+    INLINE static Words rounded(Doubles v) {
+        const Floats f = narrow(v);
+        const Words w = bits<Words>(f);
+        return w + ((0x7fff + ((w >> 16) & 1)) & bits<Words>(f == f));
     }
 };
 
 struct Float16 {
     typedef uint16_t Element;
 #if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
-    static Doubles load(const uint16_t* p) {
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const uint16_t* p, int) {
         return widen((Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
     }
-    static void store(uint16_t* p, Doubles v) {
-        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)narrow(v), _MM_FROUND_TO_NEAREST_INT));
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)narrow(part[0]), _MM_FROUND_TO_NEAREST_INT));
     }
 #elif FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 32
-    static Doubles load(const uint16_t* p) { return widen((Floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p))); }
-    static void store(uint16_t* p, Doubles v) {
-        _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)narrow(v), _MM_FROUND_TO_NEAREST_INT));
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const uint16_t* p, int) {
+        return widen((Floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
+    }
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)narrow(part[0]), _MM_FROUND_TO_NEAREST_INT));
     }
 #else
+    // Even and odd elements, as BFloat16's.
+    static constexpr int kParts = 2;
+    INLINE static Doubles load(const uint16_t* p, int part) {
+        const Words pair = load_raw<Words>(p);
+        return widen(floats(part == 0 ? pair & 0xffff : pair >> 16));
+    }
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        store_raw(p, rounded(part[0]) | rounded(part[1]) << 16);
+    }
+
+ private:
     // Exponent and mantissa move to the float's place, and a multiplication by 2^112 rebiases the exponent, subnormals
     // included. Inf and NaN, whose product is 2^16 or more, get the float's largest exponent.
-    static Doubles load(const uint16_t* p) {
-        Words h = __builtin_convertvector(load_raw<Halves>(p), Words);
-        Words sign = (h & 0x8000) << 16;
-        Floats magnitude = bits<Floats>((h & 0x7fff) << 13) * 0x1p112f;
-        Words special = bits<Words>(magnitude >= 65536.0f) & 0x7f800000;
-        return widen(bits<Floats>(bits<Words>(magnitude) | special | sign));
+    INLINE static Floats floats(Words h) {
+        const Floats magnitude = bits<Floats>((h & 0x7fff) << 13) * 0x1p112f;
+        const Words special = bits<Words>(magnitude >= 65536.0f) & 0x7f800000;
+        return bits<Floats>(bits<Words>(magnitude) | special | (h & 0x8000) << 16);
     }
     // Normal results: rebias the exponent and round the mantissa to nearest even by integer arithmetic, whose carry
     // runs into the exponent as it should. Subnormal results: adding 0.5, whose last bit is worth 2^-24, rounds by
     // itself.
-    static void store(uint16_t* p, Doubles v) {
-        Words w = bits<Words>(narrow(v));
-        Words sign = (w >> 16) & 0x8000;
-        Words magnitude = w & 0x7fffffff;
-        Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-        Words subnormal = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+    INLINE static Words rounded(Doubles v) {
+        const Words w = bits<Words>(narrow(v));
+        const Words magnitude = w & 0x7fffffff;
+        const Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+        const Words subnormal = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
         Words half = select(bits<Words>(magnitude < 0x38800000u), subnormal, normal);
         half = select(bits<Words>(magnitude >= 0x47800000u), Words{} + 0x7c00u, half);
         half = select(bits<Words>(magnitude > 0x7f800000u), Words{} + 0x7e00u, half);
-        store_raw(p, __builtin_convertvector(half | sign, Halves));
+        return half | (w >> 16 & 0x8000);
     }
 #endif
 };
 
-// kLanes elements of which only `count` exist; the others read as zero, which adds nothing to any sum.
 template <class T>
-inline Doubles load_tail(const typename T::Element* p, int64_t count) {
-    typename T::Element padded[kLanes] = {};
-    __builtin_memcpy(padded, p, count * sizeof *p);
-    return T::load(padded);
-}
+constexpr int64_t kStep = T::kParts * kLanes;
 
-inline double sum(Doubles v) {
+INLINE inline double sum(Doubles v) {
     double total = v[0];
     for (int lane = 1; lane < kLanes; ++lane) total += v[lane];
     return total;
 }
 
 // ---- gramian ----
+// Tiles of at most kTileRows × kTileCols pairs, whose sums stay in registers while a panel of columns passes. Elements
+// become doubles as they are loaded, in every tile anew: the execution ports that convert are not those that multiply,
+// and a panel converted once into the cache measured slower (bench/README.md).
 
-// Up to four rows: every product of a column is formed in registers, straight from the rows.
-template <class T, int M>
-void gramian_few(const void* const* row, Columns columns, double* partial) {
-    typedef typename T::Element Element;
-    constexpr int pairs = M * (M + 1) / 2;
-    constexpr int unroll = M == 1 ? 8 : M == 2 ? 4 : M == 3 ? 2 : 1;  // chains enough to hide an FMA's latency
-    const Element* p[M];
-    for (int i = 0; i < M; ++i) p[i] = static_cast<const Element*>(row[i]) + columns.first;
-
-    Doubles acc[unroll][pairs] = {};
-    int64_t k = 0;
-    for (; k + unroll * kLanes <= columns.count; k += unroll * kLanes) {
-        for (int u = 0; u < unroll; ++u) {
-            Doubles x[M];
-            for (int i = 0; i < M; ++i) x[i] = T::load(p[i] + k + u * kLanes);
-            for (int i = 0, e = 0; i < M; ++i)
-                for (int j = 0; j <= i; ++j, ++e) acc[u][e] += x[i] * x[j];
-        }
-    }
-    for (; k < columns.count; k += kLanes) {
-        int64_t left = columns.count - k;
-        Doubles x[M];
-        for (int i = 0; i < M; ++i) x[i] = left >= kLanes ? T::load(p[i] + k) : load_tail<T>(p[i] + k, left);
-        for (int i = 0, e = 0; i < M; ++i)
-            for (int j = 0; j <= i; ++j, ++e) acc[0][e] += x[i] * x[j];
-    }
-    for (int e = 0; e < pairs; ++e) {
-        Doubles total = acc[0][e];
-        for (int u = 1; u < unroll; ++u) total += acc[u][e];
-        partial[e] = sum(total);
-    }
-}
-
-// More rows: tiles of at most kTileRows × kTileCols pairs, whose sums stay in registers while a panel of columns
-// passes. The tile's first rows are converted once a panel into a buffer of doubles that stays in the first-level
-// cache; the others are converted as they are loaded, by execution ports that the multiplications leave free.
 #if FASTCONFIG_VECTOR_BYTES == 64
-constexpr int kTileRows = 6, kTileCols = 4;  // 24 sums + 4 + 1 of 32 registers
+constexpr int kRegisters = 32, kTileRows = 6, kTileCols = 4;  // 24 sums + 4 + 1
 #else
-constexpr int kTileRows = 4, kTileCols = 3;  // 12 sums + 3 + 1 of 16 registers
+constexpr int kRegisters = 16, kTileRows = 4, kTileCols = 3;  // 12 sums + 3 + 1
 #endif
 
 constexpr int64_t kLeastColumns = 64;
-constexpr int64_t kMostColumns = 2048 / kTileRows / kLeastColumns * kLeastColumns;  // the buffer is at most 16 KiB
-constexpr int64_t kBufferStride = kMostColumns + 8;  // rows a multiple of 4 KiB apart would share cache sets
-constexpr int64_t kPanelBytes = 1 << 17;             // of rows: this panel and the next fit the second-level cache
+constexpr int64_t kMostColumns = 1024;
+constexpr int64_t kPanelBytes = 1 << 17;  // of rows: this panel and the next fit the second-level cache
 
 constexpr int64_t at_most(int64_t value, int64_t bound) { return value < bound ? value : bound; }
 
@@ -199,71 +185,95 @@ inline int64_t panel_columns(int64_t m, int64_t element) {
     return columns < kLeastColumns ? kLeastColumns : columns;
 }
 
-// The lower triangle cut into tiles as equal as can be: visit(i, rows) begins a band of rows, then
-// visit(i, rows, j, cols, sums) follows for each of its tiles, with the tile's place among the vector sums.
-template <class Band, class TileOf>
-inline void for_each_tile(int64_t m, double* sums, Band band, TileOf tile_of) {
+// The lower triangle cut into bands of rows as equal as can be; of each band, tiles as equal as can be left of the
+// diagonal, then the triangle on it. tile(i, rows, j, cols, sums) and triangle(i, rows, sums) get their vector sums'
+// place.
+template <class Tile, class Triangle>
+inline void for_each_tile(int64_t m, double* sums, Tile tile, Triangle triangle) {
     const int64_t bands = (m + kTileRows - 1) / kTileRows;
     for (int64_t b = 0; b < bands; ++b) {
-        const int64_t i = b * m / bands, end = (b + 1) * m / bands;
-        const int64_t tiles = (end + kTileCols - 1) / kTileCols;
-        band(i, end - i);
+        const int64_t i = b * m / bands, rows = (b + 1) * m / bands - i;
+        const int64_t tiles = (i + kTileCols - 1) / kTileCols;
         for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t j = t * end / tiles, cols = (t + 1) * end / tiles - j;
-            tile_of(i, end - i, j, cols, sums);
-            sums += (end - i) * cols * kLanes;
+            const int64_t j = t * i / tiles, cols = (t + 1) * i / tiles - j;
+            tile(i, rows, j, cols, sums);
+            sums += rows * cols * kLanes;
         }
+        triangle(i, rows, sums);
+        sums += packed_size(rows) * kLanes;
     }
 }
 
-// Doubles that the tiles' vector sums take: at most one tile more than the triangle in each direction.
-inline int64_t sums_size(int64_t m) { return (m + kTileRows) * (m + kTileRows + kTileCols) * kLanes; }
+// Doubles of scratch: a vector of sums for each pair.
+inline int64_t scratch_size(int64_t m) { return packed_size(m) * kLanes; }
 
-inline int64_t scratch_size(int64_t m) { return m <= 4 ? 0 : kTileRows * kBufferStride + sums_size(m); }
-
-// Converts `count` columns of `rows` rows, padded with zeros to whole vectors.
-template <class T>
-void fill_buffer(const void* const* row, int64_t rows, Columns columns, double* buffer) {
-    for (int64_t i = 0; i < rows; ++i) {
-        const typename T::Element* p = static_cast<const typename T::Element*>(row[i]) + columns.first;
-        double* to = buffer + i * kBufferStride;
+// Calls add(at, k, part, chain) for every vector of R rows, `at` being their addresses. Neighbouring steps go to
+// different chains of sums. A last short step is a copy padded with zeros, which add nothing. One part after the other:
+// side by side, the compiler would run out of registers.
+template <class T, int R, int Chains, class Add>
+inline void for_each_vector(const void* const* rows, Columns columns, Add add) {
+    typedef typename T::Element Element;
+    const Element* p[R];
+    Element tail[R][kStep<T>] = {};
+    const Element* padded[R];
+    const int64_t left = columns.count % kStep<T>, whole = columns.count - left;
+    for (int i = 0; i < R; ++i) {
+        p[i] = static_cast<const Element*>(rows[i]) + columns.first;
+        if (left > 0) __builtin_memcpy(tail[i], p[i] + whole, left * sizeof(Element));
+        padded[i] = tail[i];
+    }
+    for (int part = 0; part < T::kParts; ++part) {
         int64_t k = 0;
-        for (; k + kLanes <= columns.count; k += kLanes) store_raw(to + k, T::load(p + k));
-        if (k < columns.count) store_raw(to + k, load_tail<T>(p + k, columns.count - k));
+        for (; k + Chains * kStep<T> <= whole; k += Chains * kStep<T>)
+            for (int chain = 0; chain < Chains; ++chain) add(p, k + chain * kStep<T>, part, chain);
+        for (; k < whole; k += kStep<T>) add(p, k, part, 0);
+        if (left > 0) add(padded, 0, part, 0);
     }
 }
 
-// sums (R × C vectors) += the products, lane by lane, of R buffered rows with C rows where they lie.
+// sums (R × C vectors) += the products, lane by lane, of the first R of R + C rows with the other C.
 template <class T, int R, int C>
-void tile(const double* buffer, const void* const* row, Columns columns, double* sums) {
-    const typename T::Element* p[C];
-    for (int j = 0; j < C; ++j) p[j] = static_cast<const typename T::Element*>(row[j]) + columns.first;
+void tile(const void* const* rows, Columns columns, double* sums) {
+    typedef typename T::Element Element;
     Doubles acc[R][C];
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < C; ++j) acc[i][j] = load_raw<Doubles>(sums + (i * C + j) * kLanes);
-    int64_t k = 0;
-    for (; k + kLanes <= columns.count; k += kLanes) {
+    for_each_vector<T, R + C, 1>(rows, columns, [&acc](const Element* const* at, int64_t k, int part, int) INLINE {
         Doubles y[C];
-        for (int j = 0; j < C; ++j) y[j] = T::load(p[j] + k);
+        for (int j = 0; j < C; ++j) y[j] = T::load(at[R + j] + k, part);
         for (int i = 0; i < R; ++i) {
-            const Doubles x = load_raw<Doubles>(buffer + i * kBufferStride + k);
+            const Doubles x = T::load(at[i] + k, part);
             for (int j = 0; j < C; ++j) acc[i][j] += x * y[j];
         }
-    }
-    if (k < columns.count) {
-        for (int j = 0; j < C; ++j) {
-            const Doubles y = load_tail<T>(p[j] + k, columns.count - k);
-            for (int i = 0; i < R; ++i) acc[i][j] += load_raw<Doubles>(buffer + i * kBufferStride + k) * y;
-        }
-    }
+    });
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < C; ++j) store_raw(sums + (i * C + j) * kLanes, acc[i][j]);
 }
 
-typedef void (*Tile)(const double*, const void* const*, Columns, double*);
+// sums (R(R+1)/2 vectors, packed) += the products of R rows with each other.
+template <class T, int R>
+void triangle(const void* const* rows, Columns columns, double* sums) {
+    typedef typename T::Element Element;
+    constexpr int pairs = packed_size(R);
+    constexpr int chains = 2 * pairs + R <= kRegisters ? 2 : 1;  // few sums alone would wait for each other's FMA
+    Doubles acc[chains][pairs] = {};
+    for_each_vector<T, R, chains>(rows, columns, [&acc](const Element* const* at, int64_t k, int part, int c) INLINE {
+        Doubles x[R];
+        for (int i = 0; i < R; ++i) x[i] = T::load(at[i] + k, part);
+        for (int i = 0, e = 0; i < R; ++i)
+            for (int j = 0; j <= i; ++j, ++e) acc[c][e] += x[i] * x[j];
+    });
+    for (int e = 0; e < pairs; ++e) {
+        Doubles total = load_raw<Doubles>(sums + e * kLanes) + acc[0][e];
+        if (chains == 2) total += acc[chains - 1][e];
+        store_raw(sums + e * kLanes, total);
+    }
+}
+
+typedef void (*Product)(const void* const* rows, Columns columns, double* sums);
 
 template <class T, int R>
-Tile tile_of(int64_t cols) {
+Product tile_of(int64_t cols) {
     switch (cols) {
         case 1: return tile<T, R, 1>;
         case 2: return tile<T, R, 2>;
@@ -273,7 +283,7 @@ Tile tile_of(int64_t cols) {
 }
 
 template <class T>
-Tile tile_of(int64_t rows, int64_t cols) {
+Product tile_of(int64_t rows, int64_t cols) {
     switch (rows) {
         case 1: return tile_of<T, 1>(cols);
         case 2: return tile_of<T, 2>(cols);
@@ -283,6 +293,21 @@ Tile tile_of(int64_t rows, int64_t cols) {
         default: return tile_of<T, kTileRows>(cols);
     }
 }
+
+template <class T>
+Product triangle_of(int64_t rows) {
+    switch (rows) {
+        case 1: return triangle<T, 1>;
+        case 2: return triangle<T, 2>;
+        case 3: return triangle<T, 3>;
+        case 4: return triangle<T, 4>;
+        case 5: return triangle<T, at_most(5, kTileRows)>;
+        default: return triangle<T, kTileRows>;
+    }
+}
+
+// From this many rows on, the processor's own prefetchers lose track of the streams, and the lines are fetched by hand.
+constexpr int64_t kPrefetchedRows = 12;
 
 // Fetches the next panel's lines into the second-level cache a few at a time while the tiles of this one are computed:
 // without it, memory would idle during arithmetic and arithmetic during loads.
@@ -307,42 +332,39 @@ class Prefetcher {
 };
 
 template <class T>
-void gramian_many(const void* const* row, int64_t m, Columns columns, double* partial, double* scratch) {
+void gramian(const void* const* row, int64_t m, Columns columns, double* partial, double* sums) {
     constexpr int64_t element = sizeof(typename T::Element);
     const int64_t width = panel_columns(m, element), last = columns.first + columns.count;
-    double* buffer = scratch;
-    double* sums = scratch + kTileRows * kBufferStride;
-    __builtin_memset(sums, 0, sums_size(m) * sizeof *sums);
+    __builtin_memset(sums, 0, scratch_size(m) * sizeof *sums);
     for (int64_t first = columns.first; first < last; first += width) {
         const Columns panel = {first, at_most(last - first, width)};
         const int64_t after = first + panel.count;
-        Prefetcher prefetcher(row, m, {after, at_most(last - after, width)}, element);
+        Prefetcher prefetcher(row, m, {after, m < kPrefetchedRows ? 0 : at_most(last - after, width)}, element);
         const int64_t lines_a_tile = prefetcher.total() * kTileRows * kTileCols * 2 / (m * m) + 1;
         for_each_tile(
-            m, sums, [&](int64_t i, int64_t rows) { fill_buffer<T>(row + i, rows, panel, buffer); },
-            [&](int64_t, int64_t rows, int64_t j, int64_t cols, double* at) {
+            m, sums,
+            [&](int64_t i, int64_t rows, int64_t j, int64_t cols, double* at) {
+                const void* tile_row[kTileRows + kTileCols];
+                for (int64_t r = 0; r < rows; ++r) tile_row[r] = row[i + r];
+                for (int64_t c = 0; c < cols; ++c) tile_row[rows + c] = row[j + c];
                 prefetcher.advance(lines_a_tile);
-                tile_of<T>(rows, cols)(buffer, row + j, panel, at);
-            });
+                tile_of<T>(rows, cols)(tile_row, panel, at);
+            },
+            [&](int64_t i, int64_t rows, double* at) { triangle_of<T>(rows)(row + i, panel, at); });
     }
+    const auto put = [&](int64_t i, int64_t j, const double* at) {
+        partial[packed_size(i) + j] = sum(load_raw<Doubles>(at));
+    };
     for_each_tile(
-        m, sums, [](int64_t, int64_t) {},
+        m, sums,
         [&](int64_t i, int64_t rows, int64_t j, int64_t cols, const double* at) {
             for (int64_t r = 0; r < rows; ++r)
-                for (int64_t c = 0; c < cols && j + c <= i + r; ++c)
-                    partial[packed_size(i + r) + j + c] = sum(load_raw<Doubles>(at + (r * cols + c) * kLanes));
+                for (int64_t c = 0; c < cols; ++c) put(i + r, j + c, at + (r * cols + c) * kLanes);
+        },
+        [&](int64_t i, int64_t rows, const double* at) {
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t c = 0; c <= r; ++c) put(i + r, i + c, at + (packed_size(r) + c) * kLanes);
         });
-}
-
-template <class T>
-void gramian(const void* const* row, int64_t m, Columns columns, double* partial, double* scratch) {
-    switch (m) {
-        case 1: return gramian_few<T, 1>(row, columns, partial);
-        case 2: return gramian_few<T, 2>(row, columns, partial);
-        case 3: return gramian_few<T, 3>(row, columns, partial);
-        case 4: return gramian_few<T, 4>(row, columns, partial);
-        default: return gramian_many<T>(row, m, columns, partial, scratch);
-    }
 }
 
 // ---- combine ----
@@ -360,27 +382,27 @@ void add_rows(const void* const* row, const double* c, Columns columns, double* 
         p[i] = static_cast<const Element*>(row[i]) + columns.first;
         scale[i] = Doubles{} + c[i];
     }
-    int64_t k = 0;
-    for (; k + kLanes <= columns.count; k += kLanes) {
-        Doubles total = scale[0] * T::load(p[0] + k);
-        for (int i = 1; i < R; ++i) total += scale[i] * T::load(p[i] + k);
-        if (!First) total += load_raw<Doubles>(sums + k);
-        if (Last)
-            T::store(out + k, total);
-        else
-            store_raw(sums + k, total);
-    }
-    if (const int64_t left = columns.count - k; left > 0) {
-        Doubles total = scale[0] * load_tail<T>(p[0] + k, left);
-        for (int i = 1; i < R; ++i) total += scale[i] * load_tail<T>(p[i] + k, left);
-        if (!First) total += load_raw<Doubles>(sums + k);
-        if (Last) {
-            Element padded[kLanes];
-            T::store(padded, total);
-            __builtin_memcpy(out + k, padded, left * sizeof *out);
-        } else {
-            store_raw(sums + k, total);
+    const auto add = [&](const Element* const* at, int64_t offset, int64_t k, Element* to) INLINE {
+        Doubles total[T::kParts];
+        for (int part = 0; part < T::kParts; ++part) {
+            total[part] = scale[0] * T::load(at[0] + offset, part);
+            for (int i = 1; i < R; ++i) total[part] += scale[i] * T::load(at[i] + offset, part);
+            if (!First) total[part] += load_raw<Doubles>(sums + k + part * kLanes);
+            if (!Last) store_raw(sums + k + part * kLanes, total[part]);
         }
+        if (Last) T::store(to, total);
+    };
+    int64_t k = 0;
+    for (; k + kStep<T> <= columns.count; k += kStep<T>) add(p, k, k, out + k);
+    if (const int64_t left = columns.count - k; left > 0) {
+        Element tail[R][kStep<T>] = {}, rounded[kStep<T>];
+        const Element* padded[R];
+        for (int i = 0; i < R; ++i) {
+            __builtin_memcpy(tail[i], p[i] + k, left * sizeof(Element));
+            padded[i] = tail[i];
+        }
+        add(padded, 0, k, rounded);
+        if (Last) __builtin_memcpy(out + k, rounded, left * sizeof(Element));
     }
 }
 
@@ -449,6 +471,8 @@ void combine(const void* const* row, const double* c, int64_t m, Columns columns
     if (streamed) _mm_sfence();  // streamed stores are weakly ordered: they must be seen before the block is done
 #endif
 }
+
+#undef INLINE
 
 const Tier kTier = {FASTCONFIG_TIER_NAME,
                     FASTCONFIG_VECTOR_BYTES,
