@@ -208,8 +208,8 @@ inline void for_each_tile(int64_t m, double* sums, Tile tile, Triangle triangle)
 inline int64_t scratch_size(int64_t m) { return packed_size(m) * kLanes; }
 
 // Calls add(at, k, part, chain) for every vector of R rows, `at` being their addresses. Neighbouring steps go to
-// different chains of sums. A last short step is a copy padded with zeros, which add nothing. One part after the other:
-// side by side, the compiler would run out of registers.
+// different chains of sums, or the parts of one step do. A last short step is a copy padded with zeros, which add
+// nothing. With one chain, one part follows the other: side by side, they would not fit the registers.
 template <class T, int R, int Chains, class Add>
 inline void for_each_vector(const void* const* rows, Columns columns, Add add) {
     typedef typename T::Element Element;
@@ -222,13 +222,19 @@ inline void for_each_vector(const void* const* rows, Columns columns, Add add) {
         if (left > 0) __builtin_memcpy(tail[i], p[i] + whole, left * sizeof(Element));
         padded[i] = tail[i];
     }
-    for (int part = 0; part < T::kParts; ++part) {
-        int64_t k = 0;
-        for (; k + Chains * kStep<T> <= whole; k += Chains * kStep<T>)
-            for (int chain = 0; chain < Chains; ++chain) add(p, k + chain * kStep<T>, part, chain);
-        for (; k < whole; k += kStep<T>) add(p, k, part, 0);
-        if (left > 0) add(padded, 0, part, 0);
+    if constexpr (T::kParts == 2 && Chains == 2) {
+        for (int64_t k = 0; k < whole; k += kStep<T>)
+            for (int part = 0; part < 2; ++part) add(p, k, part, part);
+    } else {
+        for (int part = 0; part < T::kParts; ++part) {
+            int64_t k = 0;
+            for (; k + Chains * kStep<T> <= whole; k += Chains * kStep<T>)
+                for (int chain = 0; chain < Chains; ++chain) add(p, k + chain * kStep<T>, part, chain);
+            for (; k < whole; k += kStep<T>) add(p, k, part, 0);
+        }
     }
+    if (left > 0)
+        for (int part = 0; part < T::kParts; ++part) add(padded, 0, part, 0);
 }
 
 // sums (R × C vectors) += the products, lane by lane, of the first R of R + C rows with the other C.
