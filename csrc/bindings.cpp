@@ -52,28 +52,30 @@ std::vector<const void*> addresses(const py::handle& rows) {
 
 void gramian(const py::handle& where, int64_t n, DType dtype, std::uintptr_t out, int threads) {
     const std::vector<const void*> row = addresses(where);
+    const Engine engine{active_tier, threads};
     py::gil_scoped_release release;
-    Engine{active_tier, threads}.gramian({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(out));
+    engine.gramian({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(out));
 }
 
 void apply(const py::handle& where, int64_t n, DType dtype, std::uintptr_t weights, std::uintptr_t out, int threads) {
     const std::vector<const void*> row = addresses(where);
+    const Engine engine{active_tier, threads};
     py::gil_scoped_release release;
-    Engine{active_tier, threads}.apply({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(weights),
-                                       reinterpret_cast<void*>(out));
+    engine.apply({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(weights),
+                 reinterpret_cast<void*>(out));
 }
 
 // gramian and weights may be 0: then they are kept nowhere.
 int64_t config_combine(const py::handle& where, int64_t n, DType dtype, const ConfigRule& rule, std::uintptr_t out,
                        std::uintptr_t gramian, std::uintptr_t weights, int threads) {
     const std::vector<const void*> row = addresses(where);
+    const Engine engine{active_tier, threads};
     const int64_t m = static_cast<int64_t>(row.size());
     py::gil_scoped_release release;
     std::vector<double> own((gramian ? 0 : m * m) + (weights ? 0 : m));
     double* k = gramian ? doubles(gramian) : own.data();
     double* c = weights ? doubles(weights) : own.data() + own.size() - m;
-    return Engine{active_tier, threads}.config_combine({row.data(), m, n, dtype}, rule, reinterpret_cast<void*>(out), k,
-                                                       c);
+    return engine.config_combine({row.data(), m, n, dtype}, rule, reinterpret_cast<void*>(out), k, c);
 }
 
 int64_t config_weights(std::uintptr_t gramian, int64_t m, const ConfigRule& rule, std::uintptr_t weights) {
@@ -96,11 +98,23 @@ PYBIND11_MODULE(_core, module) {
         .value("float64", DType::float64)
         .value("bfloat16", DType::bfloat16)
         .value("float16", DType::float16);
+    py::enum_<Length>(module, "Length")
+        .value("projection", Length::projection)
+        .value("minimum", Length::minimum)
+        .value("maximum", Length::maximum)
+        .value("harmonic", Length::harmonic)
+        .value("arithmetic", Length::arithmetic)
+        .value("geometric", Length::geometric)
+        .value("tracked", Length::tracked);
+    py::enum_<NonFinite>(module, "NonFinite")
+        .value("propagate", NonFinite::propagate)
+        .value("drop", NonFinite::drop)
+        .value("raise", NonFinite::raise);
     py::class_<ConfigRule>(module, "ConfigRule")
-        .def(py::init([](std::vector<double> direction, int length, int64_t tracked, double rtol, int nonfinite) {
-            return ConfigRule{std::move(direction), static_cast<Length>(length), tracked, rtol,
-                              static_cast<NonFinite>(nonfinite)};
-        }));
+        .def(py::init(
+            [](std::vector<double> direction, Length length, int64_t tracked, double rtol, NonFinite nonfinite) {
+                return ConfigRule{std::move(direction), length, tracked, rtol, nonfinite};
+            }));
     module.attr("FINITE") = ConfigRule::kFinite;
     module.def("gramian", &gramian);
     module.def("apply", &apply);

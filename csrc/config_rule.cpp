@@ -46,8 +46,9 @@ double dot(const double* a, const double* b, int64_t count) {
 // Why this equals the contract's truncated pseudo-inverse. C has unit diagonal, so λ_max ≤ trace C = k. With C = LLᵀ,
 // |L⁻¹|_F² = trace C⁻¹ ≥ 1/λ_min. Hence rtol·k·|L⁻¹|_F² < 1 implies λ_min > rtol·k ≥ rtol·λ_max: nothing is truncated
 // and C⁺ = C⁻¹. The test errs on the safe side by a factor of k² at most; what it does not certify is left to the
-// eigen-decomposition, which is the contract's own definition. Rounding cannot certify wrongly by more than rounding:
-// both factors are backward stable, so the bound holds for a matrix within k·2⁻⁵³ of C, far under rtol.
+// eigen-decomposition, which is the contract's own definition. Both factors are backward stable, so the bound holds for
+// a matrix within about k·2⁻⁵³ of C: far under the default rtol of 1e-12. With an rtol of that order or 0, rounding
+// decides on either path, and the floor under the pivots keeps a singular C from this one.
 bool solve_regular(const Active& active, double rtol, std::vector<double>& solution) {
     const int64_t k = active.size();
     std::vector<double> l(active.unit), inverse(k * k, 0.0);
@@ -87,7 +88,7 @@ double solve_truncated(const Active& active, double rtol, std::vector<double>& s
     const double threshold = std::max(rtol * largest, 0.0);
     solution.assign(k, 0.0);
     for (int64_t e = 0; e < k; ++e) {
-        if (!(eigen.values[e] > threshold)) continue;
+        if (eigen.values[e] <= threshold) continue;  // a NaN is no small eigenvalue: it must show in the answer
         const double* vector = &eigen.vectors[e * k];
         const double along = dot(vector, active.direction.data(), k) / eigen.values[e];
         for (int64_t i = 0; i < k; ++i) solution[i] += along * vector[i];

@@ -6,6 +6,13 @@
 namespace fastconfig {
 namespace {
 
+// Squares under this are noise of a square root of 1e-145 beside a matrix of entries near 1, and would soon be
+// subnormal, where 2/|v|² has no digits left.
+constexpr double kNegligible = 1e-290;
+
+// Sweeps an eigenvalue may take; two or three are usual. Without a bound, NaN would never converge.
+constexpr int kMostSweeps = 100;
+
 // Reduces a (overwritten) to tridiagonal T = Qᵀ A Q; rows of q become the columns of Q.
 void tridiagonalise(double* a, int64_t m, double* diagonal, double* off, double* q) {
     for (int64_t i = 0; i < m; ++i)
@@ -15,7 +22,10 @@ void tridiagonalise(double* a, int64_t m, double* diagonal, double* off, double*
         // The reflector that maps column k below the diagonal onto its first entry.
         double tail = 0.0;
         for (int64_t i = k + 2; i < m; ++i) tail += a[i * m + k] * a[i * m + k];
-        if (tail == 0.0) continue;
+        if (tail < kNegligible) {
+            for (int64_t i = k + 2; i < m; ++i) a[i * m + k] = a[k * m + i] = 0.0;
+            continue;
+        }
         double head = a[(k + 1) * m + k];
         double image = head > 0 ? -std::sqrt(head * head + tail) : std::sqrt(head * head + tail);
         for (int64_t i = k + 1; i < m; ++i) v[i] = a[i * m + k];
@@ -53,7 +63,7 @@ void tridiagonalise(double* a, int64_t m, double* diagonal, double* off, double*
 void implicit_ql(double* diagonal, double* off, double* q, int64_t m) {
     constexpr double eps = std::numeric_limits<double>::epsilon();
     for (int64_t l = 0; l < m; ++l) {
-        for (;;) {
+        for (int sweep = 0; sweep < kMostSweeps; ++sweep) {
             int64_t end = l;  // T splits behind the first negligible off-diagonal entry
             while (end + 1 < m && std::fabs(off[end]) > eps * (std::fabs(diagonal[end]) + std::fabs(diagonal[end + 1])))
                 ++end;

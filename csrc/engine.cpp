@@ -3,8 +3,11 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 namespace fastconfig {
 namespace {
@@ -38,33 +41,35 @@ int threads_for(const Rows& rows, int threads) {
     return static_cast<int>(std::clamp<int64_t>(Blocks(rows).count(), 1, threads));
 }
 
-// Calls work(block) for every block, each thread on a run of its own: the same run in both passes, so that a pass finds
-// in a core's cache what the pass before left there. The second pass goes backwards for the same reason.
+// Whether subnormal numbers are flushed is each thread's own setting, and torch.set_flush_denormal sets it on one: here
+// no thread flushes, so that the bits do not depend on which thread a block goes to.
+class KeepSubnormals {
+#if defined(__x86_64__)
+    static constexpr unsigned kFlush = 0x8040;  // flush-to-zero and denormals-are-zero
+    const unsigned before_ = _mm_getcsr();
+
+ public:
+    KeepSubnormals() { _mm_setcsr(before_ & ~kFlush); }
+    ~KeepSubnormals() { _mm_setcsr(before_); }
+#else
+ public:
+    KeepSubnormals() {}
+#endif
+    KeepSubnormals(const KeepSubnormals&) = delete;
+    KeepSubnormals& operator=(const KeepSubnormals&) = delete;
+};
+
+// Calls work(block, thread) for every block, each thread on a run of its own: the same run in both passes, so that a
+// pass finds in a core's cache what the pass before left there. The second pass goes backwards for the same reason.
 template <class Work>
 void for_each_block(int64_t count, int threads, bool backwards, Work work) {
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         const int64_t first = count * thread / team, last = count * (thread + 1) / team;
-        for (int64_t block = first; block < last; ++block) work(backwards ? first + last - 1 - block : block);
+        const KeepSubnormals keep;
+        for (int64_t block = first; block < last; ++block) work(backwards ? first + last - 1 - block : block, thread);
     }
-}
-
-// A thread's scratch, kept between calls: fresh memory would be mapped and faulted in by every call.
-double* scratch_of(int64_t size) {
-    thread_local std::unique_ptr<double[]> memory;
-    thread_local int64_t capacity = 0;
-    if (capacity < size + 8) {
-        memory.reset(new double[size + 8]);
-        capacity = size + 8;
-    }
-    const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
-    return memory.get() + (-address % 64) / sizeof(double);
-}
-
-void gramian_block(const Tier& tier, const Rows& rows, Columns columns, double* partial) {
-    tier.gramian[static_cast<int>(rows.dtype)](rows.row, rows.m, columns, partial,
-                                               scratch_of(tier.scratch_size(rows.m)));
 }
 
 // Adds the blocks' packed partial sums in block order and writes both triangles.
@@ -102,10 +107,14 @@ void combine_block(const Tier& tier, const Rows& rows, const Used& used, Columns
 
 void Engine::gramian(const Rows& rows, double* gramian) const {
     const Blocks blocks(rows);
-    const int64_t count = blocks.count(), size = packed_size(rows.m);
-    std::vector<double> partials(count * size);
-    for_each_block(count, threads_for(rows, threads), false,
-                   [&](int64_t block) { gramian_block(*tier, rows, blocks[block], &partials[block * size]); });
+    const int team = threads_for(rows, threads);
+    const int64_t count = blocks.count(), size = packed_size(rows.m), scratch = tier->scratch_size(rows.m);
+    // All of it before the threads start: an exception must not leave a parallel region.
+    std::vector<double> partials(count * size), scratches(team * scratch);
+    const auto kernel = tier->gramian[static_cast<int>(rows.dtype)];
+    for_each_block(count, team, false, [&](int64_t block, int64_t thread) {
+        kernel(rows.row, rows.m, blocks[block], &partials[block * size], &scratches[thread * scratch]);
+    });
     reduce(partials, count, rows.m, gramian);
 }
 
@@ -113,7 +122,7 @@ void Engine::apply(const Rows& rows, const double* weights, void* out) const {
     const Used used(rows, weights);
     const Blocks blocks(rows);
     for_each_block(blocks.count(), threads_for(rows, threads), true,
-                   [&](int64_t block) { combine_block(*tier, rows, used, blocks[block], out); });
+                   [&](int64_t block, int64_t) { combine_block(*tier, rows, used, blocks[block], out); });
 }
 
 int64_t Engine::config_combine(const Rows& rows, const ConfigRule& rule, void* out, double* gramian,

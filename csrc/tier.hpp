@@ -22,7 +22,7 @@ struct Rows {
 // Entries of a symmetric m×m matrix stored once, row by row: (i, j) with j <= i stands at i(i+1)/2 + j.
 constexpr int64_t packed_size(int64_t m) { return m * (m + 1) / 2; }
 
-// A run of columns. Blocks start at multiples of kBlockColumns, so an aligned vector stays aligned in every block.
+// A run of columns.
 struct Columns {
     int64_t first;
     int64_t count;
@@ -30,15 +30,15 @@ struct Columns {
 
 struct Tier {
     const char* name;
-    int vector_bytes;
 
     // Doubles of scratch that gramian needs for m rows: a vector of sums for each pair.
     int64_t (*scratch_size)(int64_t m);
 
-    // partial (packed_size(m)) = Σ over the columns of g_i · g_j, in float64; reads each element once.
+    // partial (packed_size(m)) = Σ over the columns of g_i · g_j, in float64; reads each element from memory once.
     void (*gramian[kDTypes])(const void* const* row, int64_t m, Columns columns, double* partial, double* scratch);
 
-    // out[columns] = Σ c_i g_i over `m` rows, accumulated in float64, rounded once; `stream` writes past the cache.
+    // out[columns] = Σ c_i g_i over `m` rows, accumulated in float64 and rounded to the rows' dtype
+    // (16-bit ones by way of float32); `stream` writes past the cache.
     void (*combine[kDTypes])(const void* const* row, const double* c, int64_t m, Columns columns, void* out,
                              bool stream);
 };

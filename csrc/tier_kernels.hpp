@@ -481,7 +481,6 @@ void combine(const void* const* row, const double* c, int64_t m, Columns columns
 #undef INLINE
 
 const Tier kTier = {FASTCONFIG_TIER_NAME,
-                    FASTCONFIG_VECTOR_BYTES,
                     scratch_size,
                     {gramian<Float32>, gramian<Float64>, gramian<BFloat16>, gramian<Float16>},
                     {combine<Float32>, combine<Float64>, combine<BFloat16>, combine<Float16>}};

@@ -5,7 +5,6 @@ from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
 from fastconfig.diagnostics import show_config
 from fastconfig.methods import ConFIG, Method
+from fastconfig.version import __version__
 
-__version__ = "0.1.0.dev0"
-
-__all__ = ["Combination", "ConFIG", "GradientBuffer", "Method", "combine", "gramian", "show_config"]
+__all__ = ["Combination", "ConFIG", "GradientBuffer", "Method", "__version__", "combine", "gramian", "show_config"]

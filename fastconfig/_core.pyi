@@ -8,8 +8,24 @@ class DType:
     bfloat16: ClassVar[DType]
     float16: ClassVar[DType]
 
+class Length:
+    projection: ClassVar[Length]
+    minimum: ClassVar[Length]
+    maximum: ClassVar[Length]
+    harmonic: ClassVar[Length]
+    arithmetic: ClassVar[Length]
+    geometric: ClassVar[Length]
+    tracked: ClassVar[Length]
+
+class NonFinite:
+    propagate: ClassVar[NonFinite]
+    drop: ClassVar[NonFinite]
+    # and `raise`, which is no Python identifier
+
 class ConfigRule:
-    def __init__(self, direction: list[float], length: int, tracked: int, rtol: float, nonfinite: int, /) -> None: ...
+    def __init__(
+        self, direction: list[float], length: Length, tracked: int, rtol: float, nonfinite: NonFinite, /
+    ) -> None: ...
 
 FINITE: int
 

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from fastconfig import backends
 from fastconfig.combination import combine_rows
-from fastconfig.methods import ConFIG, Method
+from fastconfig.methods import DEFAULT_METHOD, Method
 from fastconfig.validation import check_out, check_rows, complex_dtype_of
-
-_DEFAULT_METHOD = ConFIG()
 
 
 def combine(
@@ -28,7 +26,8 @@ def combine(
         grads: (m, n) tensor, or a sequence of m vectors of shape (n,) that are then not stacked: one gradient a loss.
             float32, float64, bfloat16, float16 or complex (combined as its real view). m ≥ 1, n ≥ 0.
         method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
-        out: (n,) contiguous tensor of the rows' dtype and device to write to, apart from ``grads`` in memory.
+        out: (n,) contiguous tensor of the rows' dtype and device to write to, apart from ``grads`` in memory
+            and not requiring grad.
         backend: "auto", "cpu" or "reference"; by default FASTCONFIG_BACKEND, or "auto".
 
     Returns:
@@ -53,7 +52,9 @@ def combine(
         target = result = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
         if complex_dtype_of(grads) is not None:
             result = torch.view_as_complex(target.view(-1, 2))
-    combine_rows(backends.select(rows.device, backend), rows, _DEFAULT_METHOD if method is None else method, target)
+    combine_rows(backends.select(rows.device, backend), rows, DEFAULT_METHOD if method is None else method, target)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)  # as any in-place write: autograd may have saved the old content
     return result
 
 

@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fastconfig.combination import Combination, combine_segments
-from fastconfig.methods import ConFIG, Method
+from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
 from fastconfig.validation import FLOAT_DTYPES, REAL_OF_COMPLEX, Rows
-
-_DEFAULT_METHOD = ConFIG()
 
 
 class Segment:
@@ -34,8 +32,9 @@ class Segment:
         self.device = first.device
         self.dtype = REAL_OF_COMPLEX.get(first.dtype, first.dtype)
         n = sum(_columns(parameter) for parameter in parameters)
-        self.rows = torch.zeros(num_losses, n, dtype=self.dtype, device=self.device)
-        self.grad = torch.zeros(n, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False):  # autograd must be able to accumulate into the rows
+            self.rows = torch.zeros(num_losses, n, dtype=self.dtype, device=self.device)
+            self.grad = torch.zeros(n, dtype=self.dtype, device=self.device)
         self.description = Rows(num_losses, n, self.dtype, self.device, self.rows, ())
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -182,6 +181,8 @@ class GradientBuffer:
             TypeError: a loss that is neither a tensor nor a callable.
             ValueError: a wrong number of losses; a loss of several elements, or that does not require grad. Losses
                 given as tensors are all checked before any row is written.
+
+        If a callable or a backward pass raises, every row is zeroed: rows of two steps are never combined.
         """
         if isinstance(losses, Tensor) or not isinstance(losses, Sequence):
             raise TypeError(f"losses must be a sequence of {self._num_losses} losses, got {type(losses).__name__}")
@@ -193,41 +194,56 @@ class GradientBuffer:
             elif not callable(loss):
                 raise TypeError(f"losses[{i}] must be a tensor or a callable that returns one, got {loss!r}")
         last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
-        for i, loss in enumerate(losses):
-            with self.record(i):
-                if isinstance(loss, Tensor):
-                    _backward(loss, retain_graph or i < last_tensor)
-                else:
-                    value = loss()
-                    _check_loss(value, i)
-                    _backward(value, retain_graph=False)
+        self._check_not_recording("backward")
+        self._check_parameters()
+        try:
+            for i, loss in enumerate(losses):
+                with self.record(i):
+                    if isinstance(loss, Tensor):
+                        _backward(loss, retain_graph or i < last_tensor)
+                    else:
+                        value = loss()
+                        _check_loss(value, i)
+                        _backward(value, retain_graph=False)
+        except BaseException:
+            self.zero()
+            raise
 
     def combine(self, method: Method | None = None) -> Combination:
         """Combine the rows into ``grad`` and make every ``p.grad`` a view of it.
 
         Rows keep their content until they are recorded again or ``zero`` is called. A parameter that no loss reached
-        ends with ``.grad`` None, as after a plain backward pass.
+        ends with ``.grad`` None, as after a plain backward pass. Whatever a backward pass outside the buffer left in
+        ``p.grad`` is replaced.
 
         Args:
             method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
 
         Raises:
-            RuntimeError: inside ``record``, or a parameter is no longer the one the buffer was made for.
+            RuntimeError: inside ``record``; nothing was recorded since the buffer was made or zeroed; or a parameter is
+                no longer the one the buffer was made for.
             ValueError, TypeError, FloatingPointError: as ``fc.combine``; nothing has been written.
         """
         self._check_not_recording("combine")
         self._check_parameters()
-        method = _DEFAULT_METHOD if method is None else method
+        reached = set().union(*self._reached)
+        if not reached:
+            raise RuntimeError(
+                "combine found nothing to combine: no backward pass has reached a parameter of this buffer. Call "
+                "backward or record first; if the model's parameters were replaced, make a new GradientBuffer"
+            )
+        method = DEFAULT_METHOD if method is None else method
         home = self._segments[0].device
         m = self._num_losses
         kept = torch.empty(m + 1, m, dtype=torch.float64, device=home)
         gramian, weights = kept[:m], kept[m]
         segments = [(segment.description, segment.grad) for segment in self._segments]
         combine_segments(segments, method, gramian, weights)
-        reached = set().union(*self._reached)
+        for segment in self._segments:
+            torch.autograd.graph.increment_version(segment.grad)
         for parameter, view in zip(self._parameters, self._grad_views, strict=True):
-            parameter.grad = view if parameter in reached else None
-        rtol = method.rule.rtol if isinstance(method, ConFIG) else _DEFAULT_METHOD.rule.rtol
+            parameter.grad = view.detach() if parameter in reached else None
+        rtol = (method if isinstance(method, ConFIG) else DEFAULT_METHOD).rule.rtol
         return Combination(gramian, weights, rtol)
 
     def __repr__(self) -> str:
@@ -236,7 +252,7 @@ class GradientBuffer:
 
     def _only_segment(self, name: str) -> Segment:
         if len(self._segments) > 1:
-            kinds = ", ".join(f"{segment.dtype} on {segment.device}" for segment in self._segments)
+            kinds = ", ".join(f"{segment.parameters[0].dtype} on {segment.device}" for segment in self._segments)
             raise ValueError(
                 f"buffer.{name} is one tensor only where all parameters share dtype and device; this buffer has "
                 f"{len(self._segments)} segments ({kinds}): read buffer.segments[i].{name}"
@@ -252,7 +268,7 @@ class GradientBuffer:
         for segment in self._segments:
             segment.rows[loss].zero_()
         for parameter, view in zip(self._parameters, views, strict=True):
-            parameter.grad = view
+            parameter.grad = view.detach()  # an alias: `p.grad.data = …` then repoints that, not the buffer's own view
         self._hit.clear()
         return views
 
@@ -263,7 +279,7 @@ class GradientBuffer:
             if parameter.grad is None:  # discarded inside the block, by zero_grad for instance
                 view.zero_()
                 reached.discard(parameter)
-            elif parameter.grad is not view:
+            elif parameter.grad.data_ptr() != view.data_ptr() or parameter.grad.stride() != view.stride():
                 view.copy_(parameter.grad.detach())
         self._reached[loss] = reached
 
@@ -311,6 +327,8 @@ def _trained(parameters: Iterable[Tensor]) -> list[Tensor]:
             raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
         if not parameter.requires_grad:
             continue
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(f"parameters[{i}] is not initialised yet; run the model once before making the buffer")
         if not parameter.is_leaf:
             raise ValueError(
                 f"parameters[{i}] is not a leaf: it has no .grad of its own; pass the parameter it is from"

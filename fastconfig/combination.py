@@ -23,7 +23,7 @@ def combine_rows(
     weights_out: Tensor | None = None,
 ) -> None:
     """Combine validated rows into ``out`` (n,), and keep K (m, m) and c (m,) where tensors for them are given."""
-    if type(method) is ConFIG:
+    if type(method) is ConFIG and not callable(method.rule.length):
         method.rule.check_losses(rows.m)
         backend.config_combine(rows, method.rule, out, gramian_out, weights_out)
         return
@@ -77,25 +77,30 @@ class Combination:
         self._rtol = rtol
 
     @cached_property
+    def _directed(self) -> Tensor:
+        """(m,) bool: which gradients have a direction, being neither zero nor non-finite."""
+        squares = self.gramian.diagonal()
+        return torch.isfinite(squares) & (squares > 0)
+
+    @cached_property
     def norms(self) -> Tensor:
         """(m,) float64: the gradients' norms |g_i|."""
         return self.gramian.diagonal().sqrt()
 
     @cached_property
     def cosines(self) -> Tensor:
-        """(m, m) float64: cosines between the gradients, 0 with a zero gradient; 1 on the diagonal of the others."""
-        inverse = torch.where(self.norms > 0, 1.0 / self.norms, 0.0)
-        cosines = self.gramian * inverse.unsqueeze(0) * inverse.unsqueeze(1)
-        return cosines.clamp(-1.0, 1.0)
+        """(m, m) float64: cosines between the gradients, 0 with a zero or non-finite one; else 1 on the diagonal."""
+        pairs = self._directed.unsqueeze(0) & self._directed.unsqueeze(1)
+        inverse = torch.where(self._directed, 1.0 / self.norms, 0.0)
+        cosines = torch.where(pairs, self.gramian, 0.0) * inverse.unsqueeze(0) * inverse.unsqueeze(1)
+        return cosines.clamp(-1.0, 1.0).diagonal_scatter(self._directed.to(cosines.dtype))
 
     @cached_property
     def rank(self) -> int:
-        """How many independent directions the gradients span: eigenvalues of the cosines over rtol·λ_max.
+        """How many independent directions the finite gradients span: eigenvalues of the cosines over rtol·λ_max.
 
-        Reading it waits for the device. Non-finite gradients have no rank: 0.
+        Reading it waits for the device.
         """
-        if not bool(torch.isfinite(self.cosines).all()):
-            return 0
         eigenvalues = torch.linalg.eigvalsh(self.cosines)
         return int((eigenvalues > self._rtol * eigenvalues[-1].clamp(min=0.0)).sum())
 

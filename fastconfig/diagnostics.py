@@ -12,6 +12,7 @@ import torch
 
 from fastconfig import backends
 from fastconfig.backends import cpu
+from fastconfig.version import __version__
 
 _FORCING = ("FASTCONFIG_BACKEND", "FASTCONFIG_ISA")
 
@@ -19,7 +20,7 @@ _FORCING = ("FASTCONFIG_BACKEND", "FASTCONFIG_ISA")
 def collect_config() -> dict[str, str]:
     """What ``show_config`` prints, as name -> value, in order."""
     return {
-        "fastconfig": _version_of("fastconfig"),
+        "fastconfig": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": str(torch.__version__),
         "triton": _version_of("triton"),

@@ -54,7 +54,7 @@ def _rows_of_matrix(grads: Tensor) -> Rows:
             f"grads must have shape (m, n), one row a loss, got {tuple(grads.shape)}; "
             "flatten each loss's gradient to a vector and stack them"
         )
-    if len(grads) == 0:
+    if grads.shape[0] == 0:
         raise ValueError(f"grads must hold at least one row, got shape {tuple(grads.shape)}; pass one row a loss")
     matrix = _plain(grads)
     m, n = matrix.shape
@@ -109,7 +109,7 @@ def _plain(tensor: Tensor) -> Tensor:
     """A checked tensor whose memory is what it shows: complex as its real view, no negation left for the reader."""
     if tensor.dtype in REAL_OF_COMPLEX:
         return torch.view_as_real(tensor.resolve_conj().resolve_neg().contiguous()).flatten(-2)
-    return tensor.resolve_neg()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def complex_dtype_of(grads: Tensor | Sequence[Tensor]) -> torch.dtype | None:
@@ -147,6 +147,8 @@ def check_out(out: Tensor, grads: Tensor | Sequence[Tensor], rows: Rows) -> Tens
         raise TypeError(f"out must be a tensor, got {type(out).__name__}; allocate it with torch.empty")
     if out.layout is not torch.strided:
         raise TypeError(f"out must be a dense tensor, got layout {out.layout}; allocate it with torch.empty")
+    if out.requires_grad:
+        raise ValueError("out must not require grad: combine is not differentiable; pass out.detach()")
     if out.dtype != wanted:
         raise TypeError(f"out must have the gradients' dtype {wanted}, got {out.dtype}; allocate it with that dtype")
     if out.device != rows.device:

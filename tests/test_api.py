@@ -189,8 +189,26 @@ def test_weights_are_read_once_and_kept_in_full_precision():
     given.fill_(9.0)
     for same in (method, fc.ConFIG([0.1, 0.7]), fc.ConFIG((0.1, 0.7)), fc.ConFIG(np.array([0.1, 0.7]))):
         assert same.rule.direction == (0.1, 0.7)
-    assert fc.ConFIG([1, 2**53 + 1.0]).rule.direction == (1.0, 2.0**53)
-    assert fc.ConFIG([1e300, 1e299]).rule.direction == (1e300, 1e299)
+    # Scaled by a power of two, which loses nothing: only ratios matter, and squares must not leave float64's range.
+    assert fc.ConFIG([1, 2**53 + 1.0]).rule.direction == (2.0**-54, 0.5)
+    assert repr(fc.ConFIG([1e300, 1e299])) == repr(fc.ConFIG([1e300, 1e299]))
+    assert "1e+300" in repr(fc.ConFIG([1e300, 1e299]))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1.0, 1e160, 1e300])
+def test_direction_weights_matter_by_their_ratio_at_any_scale(backend, scale):
+    rows = normal(2, 30, dtype=torch.float64)
+    wanted = fc.combine(rows, fc.ConFIG([1.0, 3.0]), backend=backend)
+    torch.testing.assert_close(fc.combine(rows, fc.ConFIG([scale, 3.0 * scale]), backend=backend), wanted)
+
+
+def test_out_is_written_as_autograd_sees_it(backend):
+    rows, out = normal(2, 5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    w = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    y = (w * out).sum()
+    fc.combine(rows, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_weights_of_a_gramian_are_the_coefficients_of_the_combination(backend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -178,9 +179,65 @@ def test_rows_never_recorded_and_zeroed_rows_constrain_nothing():
     assert info.weights[[0, 2]].tolist() == info.norms[[0, 2]].tolist() == [0.0, 0.0]
     buf.zero()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert not buf.combine().weights.any()
-    assert not buf.grad.any()
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not buf.rows.any()
+
+
+def test_combine_of_nothing_is_an_error():
+    """Before any record, after zero, and where load_state_dict(assign=True) left the buffer with another model's."""
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    with pytest.raises(RuntimeError, match=r"nothing to combine.*new GradientBuffer"):
+        buf.combine()
+    buf.backward(losses_of(model, x))
+    buf.combine()
+    buf.zero()
+    with pytest.raises(RuntimeError, match="nothing to combine"):
+        buf.combine()
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    buf.backward(losses_of(model, x))
+    with pytest.raises(RuntimeError, match="nothing to combine"):
+        buf.combine()
+
+
+def test_repointing_grad_data_leaves_the_buffer_whole():
+    """``p.grad.data = …`` is an old idiom for scaling gradients; the next step must not notice it."""
+    model, x = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    wanted = torch.cat([grad.flatten() for grad in autograd_gradients(model, x)[0]]) / 4
+    with buf.record(0):
+        losses_of(model, x)[0].backward()
+        for parameter in model.parameters():
+            parameter.grad.data = parameter.grad.data / 4
+    torch.testing.assert_close(buf.rows[0], wanted)
+    for _ in range(2):
+        buf.backward(losses_of(model, x))
+        buf.combine()
+        for parameter, view in zip(model.parameters(), buf.segments[0].views(buf.grad), strict=True):
+            assert torch.equal(parameter.grad, view)
+            assert parameter.grad.data_ptr() == view.data_ptr()
+            parameter.grad.data = parameter.grad.data / 2
+    torch.testing.assert_close(buf.rows[0], 4 * wanted)
+
+
+def test_buffer_made_under_inference_mode_works():
+    model, x = build("mlp")
+    with torch.inference_mode():
+        buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    buf.backward(losses_of(model, x))
+    assert buf.combine().weights.all()
+
+
+def test_uninitialised_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"parameters\[0\] is not initialised"):
+        fc.GradientBuffer(nn.LazyLinear(2).parameters(), num_losses=2)
+
+
+def test_combination_of_finite_and_dropped_gradients():
+    gramian = torch.tensor([[4.0, 2.0, math.nan], [2.0, 9.0, math.nan], [math.nan] * 3], dtype=torch.float64)
+    info = fc.Combination(gramian, torch.ones(3, dtype=torch.float64), 1e-12)
+    assert info.rank == 2
+    assert info.cosines.diagonal().tolist() == [1.0, 1.0, 0.0]
+    assert info.cosines[0, 1] == 1 / 3
 
 
 def test_micro_batches_add_up_inside_one_record():

@@ -138,6 +138,34 @@ def test_deficient_spectra_give_the_truncated_pseudo_inverse(m: int, rank: str) 
     torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7 * float(oracle.abs().max()))
 
 
+def test_tiny_entries_do_not_starve_the_eigen_decomposition() -> None:
+    """Rank-deficient, with cosines of 1e-155 whose squares are subnormal."""
+    grads = torch.zeros(5, 6, dtype=torch.float64)
+    for i, j in enumerate((0, 1, 2, 3, 3)):
+        grads[i, j] = 1.0
+    grads[0, 1:4] = 1e-155
+    got, wanted = fc.combine(grads, backend="cpu"), fc.combine(grads, backend="reference")
+    torch.testing.assert_close(got, wanted)
+
+
+def test_flushing_subnormals_is_not_left_to_one_thread() -> None:
+    """torch.set_flush_denormal acts on the calling thread alone; the bits must not depend on which block it gets."""
+    grads = torch.full((2, 1 << 18), 1e-40)
+    before = torch.get_num_threads()
+    wanted = fc.gramian(grads, backend="cpu")
+    torch.set_flush_denormal(True)
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(fc.gramian(grads, backend="cpu"))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert all(torch.equal(gramian, wanted) for gramian in found)
+    assert wanted.all()
+
+
 @pytest.mark.parametrize("condition", [1e2, 1e6, 1e9, 1e11, 1e13])
 @pytest.mark.parametrize("m", [3, 16, 64])
 def test_ill_conditioned_gramians(m: int, condition: float) -> None:

@@ -57,6 +57,6 @@ def test_a_source_tree_without_the_core_falls_back_to_the_reference():
 
 def test_the_environment_is_shown():
     code = "import fastconfig as fc; fc.show_config()"
-    environment = {**os.environ, "FASTCONFIG_BACKEND": "reference"}
+    environment = {**os.environ, "FASTCONFIG_BACKEND": "reference", "FASTCONFIG_ISA": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "FASTCONFIG_BACKEND=reference" in done.stdout

@@ -385,12 +385,11 @@ def test_bad_losses(name):
     ],
     ids=["number", "detached", "several elements", "raises"],
 )
-def test_bad_callable_loss_zeroes_its_row_only(loss, error, fragments):
+def test_bad_callable_loss_zeroes_every_row(loss, error, fragments):
     model = Linear()
     with pytest.raises(error, match=mentions(*fragments)):
         model.buf.backward([lambda: 2.0 * model.losses()[0], loss])
-    torch.testing.assert_close(model.buf.rows[0], 2.0 * model.before[0][0])
-    assert not model.buf.rows[1].any()
+    assert not model.buf.rows.any()  # else rows of two steps could be combined
     assert torch.equal(model.buf.grad, model.before[1])
     model.assert_grads_in_place()
     model.buf.backward(model.losses())

@@ -49,7 +49,7 @@ BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu}
 DEVICE_TYPES = {"cpu": "cpu"}
 """Which device type a compiled backend drives; ``reference`` runs on every one."""
 
-FORCED = os.environ.get("FASTCONFIG_BACKEND", "auto")
+FORCED = os.environ.get("FASTCONFIG_BACKEND") or "auto"
 
 
 def select(device: torch.device, name: str | None = None) -> Backend:

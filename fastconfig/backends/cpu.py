@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import lru_cache
+from pathlib import Path
 
 import torch  # first: it loads the OpenMP runtime that the core then shares
 from torch import Tensor
 
 from fastconfig.backends import reference
-from fastconfig.backends.rules import LENGTH_NAMES, NONFINITE_NAMES, ConFIGRule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, nonfinite_message
 from fastconfig.validation import Rows
 
 try:
     from fastconfig import _core
-except ImportError as error:  # a source tree that was never built: `auto` then uses the reference
+except ImportError as error:
     _IMPORT_ERROR = str(error)
+    if any(Path(__file__).parent.parent.glob("_core*.so")):  # built, but not for this Python or without its libraries
+        warnings.warn(f"fastconfig's compiled core does not load, the slow reference runs: {error}", stacklevel=2)
 else:
     _IMPORT_ERROR = ""
     _DTYPES = {
@@ -24,7 +28,7 @@ else:
         torch.bfloat16: _core.DType.bfloat16,
         torch.float16: _core.DType.float16,
     }
-    if "FASTCONFIG_ISA" in os.environ:
+    if os.environ.get("FASTCONFIG_ISA"):
         _core.use_tier(os.environ["FASTCONFIG_ISA"])
 
 
@@ -83,16 +87,7 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
 def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
-    """As reference.config_combine, in one call into the core: two passes over the rows."""
-    if callable(rule.length):
-        kept = gramian(rows)
-        weights = reference.config_weights(kept, rule)
-        apply(rows, weights, out)
-        if gramian_out is not None:
-            gramian_out.copy_(kept)
-        if weights_out is not None:
-            weights_out.copy_(weights)
-        return
+    """As reference.config_combine, in one call into the core: two passes over the rows. No callable length model."""
     bad = _core.config_combine(
         _addresses(rows),
         rows.n,
@@ -119,9 +114,9 @@ def _addresses(rows: Rows) -> tuple[int, int, int] | list[int]:
 def _native(rule: ConFIGRule, m: int) -> _core.ConfigRule:
     """The rule as the core reads it; a negative index of a tracked loss counts from the end."""
     if isinstance(rule.length, int):
-        length, tracked = len(LENGTH_NAMES), rule.length % m
+        length, tracked = _core.Length.tracked, rule.length % m
     else:
-        length, tracked = LENGTH_NAMES.index(str(rule.length)), 0
+        length, tracked = getattr(_core.Length, str(rule.length)), 0
     return _core.ConfigRule(
-        list(rule.direction or ()), length, tracked, rule.rtol, NONFINITE_NAMES.index(rule.nonfinite)
+        list(rule.direction or ()), length, tracked, rule.rtol, getattr(_core.NonFinite, rule.nonfinite)
     )

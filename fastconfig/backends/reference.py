@@ -1,9 +1,9 @@
 """The specification: every function of a backend in plain PyTorch, float64 inside, on any device.
 
 Each function states one clause of the numerics contract. The compiled backends are tested against this file, so it is
-written to be read and checked by hand, not to be fast: it holds at most a few chunks of columns in float64 at a time,
-synchronises nothing, and branches on no tensor's value. One clause it leaves to the compiled backends: its matrix
-products are the BLAS's, whose last bits may depend on the number of threads.
+written to be read and checked by hand, not to be fast: it holds at most a few chunks of columns in float64 at a time
+and branches on no tensor's value (on an accelerator, torch.linalg.eigh may still synchronise). One clause it leaves to
+the compiled backends: its matrix products are the BLAS's, whose last bits may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def gramian(rows: Rows) -> Tensor:
 
 
 def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
-    """Write Σ c_i g_i to ``out``, accumulated in float64 and rounded once. A row of weight 0 takes no part, NaN or not.
+    """Write Σ c_i g_i to ``out``, accumulated in float64. A row of weight 0 takes no part, NaN or not.
 
     Args:
         rows: m rows of n elements.

@@ -77,4 +77,7 @@ def _one_number(length: object, norms: Tensor) -> Tensor:
 
 def nonfinite_message(row: int) -> str:
     """What is said of the first row that is not finite."""
-    return f"the gradient of loss {row} holds inf or NaN; skip this step, or use nonfinite='drop' or 'propagate'"
+    return (
+        f"the squared norm of loss {row}'s gradient is inf or NaN; "
+        "skip this step, or use nonfinite='drop' or 'propagate'"
+    )

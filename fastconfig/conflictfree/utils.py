@@ -215,7 +215,8 @@ def unit_vector(vector: Tensor, warn_zero: bool = False) -> Tensor:
     """``vector`` divided by its Euclidean norm; zero stays zero.
 
     Args:
-        vector: tensor of any shape. The norm is accumulated in float64, so it neither over- nor underflows.
+        vector: tensor of any shape. The norm is accumulated in float64, so no float32
+            vector over- or underflows; float64 ones are safe between about 1e-150 and 1e150.
         warn_zero: print a line where the vector is zero; finding out waits for the device.
 
     Returns:

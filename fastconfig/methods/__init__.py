@@ -3,4 +3,7 @@
 from fastconfig.methods.base import Method
 from fastconfig.methods.config import ConFIG
 
-__all__ = ["ConFIG", "Method"]
+__all__ = ["DEFAULT_METHOD", "ConFIG", "Method"]
+
+DEFAULT_METHOD = ConFIG()
+"""What combines where no method is named."""

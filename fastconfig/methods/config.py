@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -33,12 +35,16 @@ class ConFIG:
         rtol: eigenvalues of the unit rows' Gramian at or under ``rtol`` times the largest count as zero. Does not
             depend on n. 1e-12 is 1e-6 on the singular values of U.
         nonfinite: a gradient that holds inf or NaN makes the whole answer NaN (``"propagate"``, what a GradScaler looks
-            for), is left out (``"drop"``), or raises FloatingPointError (``"raise"``, which synchronises).
+            for), is left out (``"drop"``; a GradScaler then never sees it), or raises FloatingPointError (``"raise"``,
+            which synchronises).
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: weights not a non-empty vector of finite numbers, or all zero; an unknown length or nonfinite; rtol
             negative or not finite.
+
+    Squared norms are float64: float32, bfloat16 and float16 gradients are safe at any scale, float64 ones with norms of
+    about 1e-150 to 1e150; beyond, they count as zero or non-finite.
 
     A zero gradient constrains nothing: its weight is 0. Exactly opposed gradients (g, -g) leave no direction: the
     answer is zero, never NaN.
@@ -51,8 +57,9 @@ class ConFIG:
         rtol: float = 1e-12,
         nonfinite: NonFinite = "propagate",
     ) -> None:
+        self._weights = _check_direction(weights)
         self._rule = ConFIGRule(
-            _check_direction(weights), _check_length(length), _check_rtol(rtol), _check_nonfinite(nonfinite)
+            _normalised(self._weights), _check_length(length), _check_rtol(rtol), _check_nonfinite(nonfinite)
         )
 
     @property
@@ -74,7 +81,7 @@ class ConFIG:
 
     def __repr__(self) -> str:
         rule = self._rule
-        weights = None if rule.direction is None else list(rule.direction)
+        weights = None if self._weights is None else list(self._weights)
         return f"ConFIG(weights={weights}, length={rule.length!r}, rtol={rule.rtol:g}, nonfinite={rule.nonfinite!r})"
 
 
@@ -84,7 +91,7 @@ def _check_direction(weights: Sequence[float] | Tensor | None) -> tuple[float, .
     try:
         # float64 from the start: a list would pass through float32, where 0.1 is 0.10000000149.
         vector = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
-    except (TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):  # ragged, text, or tensors that require grad
         vector = torch.empty(())
     if vector.dim() != 1 or vector.numel() == 0 or vector.is_complex() or vector.dtype == torch.bool:
         raise ValueError(f"weights must be a vector of real numbers, one a loss, got {weights!r}")
@@ -96,8 +103,18 @@ def _check_direction(weights: Sequence[float] | Tensor | None) -> tuple[float, .
     return values
 
 
+def _normalised(direction: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Direction weights scaled by a power of two to a largest near 1, so that their squares stay in float64's range."""
+    if direction is None:
+        return None
+    exponent = max(math.frexp(value)[1] for value in direction if value)
+    return tuple(math.ldexp(value, -exponent) for value in direction)
+
+
 def _check_length(length: LengthName | int | LengthModel) -> str | int | LengthModel:
-    if isinstance(length, bool) or not (isinstance(length, (str, int)) or callable(length)):
+    if isinstance(length, SupportsIndex) and not isinstance(length, (bool, Tensor)):
+        return operator.index(length)
+    if not isinstance(length, str) and not callable(length):
         raise TypeError(f"length must be a name, the index of a loss or a callable, got {length!r}")
     if isinstance(length, str) and length not in LENGTH_NAMES:
         raise ValueError(f"length must be one of {', '.join(LENGTH_NAMES)}, an int or a callable, got {length!r}")
