@@ -66,11 +66,17 @@ def _rows_of_matrix(grads: Tensor) -> Rows:
 def _rows_of_vectors(grads: Sequence[Tensor]) -> Rows:
     if len(grads) == 0:
         raise ValueError("grads must hold at least one vector, got an empty sequence; pass one vector a loss")
+    first = grads[0]
+    _check_row(first, first, 0)
+    shape, dtype, device = first.shape, first.dtype, first.device
     for i, row in enumerate(grads):
-        _check_row(row, grads[0], i)
+        # What is like the checked first row needs no check of its own: this runs in front of calls of microseconds.
+        alike = isinstance(row, Tensor) and row.layout is torch.strided and row.shape == shape
+        if not (alike and row.dtype == dtype and row.device == device):
+            _check_row(row, first, i)
     vectors = tuple(_plain(row).contiguous() for row in grads)
-    first = vectors[0]
-    return Rows(len(vectors), len(first), first.dtype, first.device, None, vectors)
+    plain = vectors[0]
+    return Rows(len(vectors), plain.shape[0], plain.dtype, device, None, vectors)
 
 
 def _check_row(row: Tensor, first: Tensor, index: int) -> None:
@@ -159,7 +165,6 @@ def check_out(out: Tensor, grads: Tensor | Sequence[Tensor], rows: Rows) -> Tens
         raise ValueError(f"out must be contiguous, got strides {out.stride()}; pass a contiguous vector")
     if out.is_conj() or out.is_neg():
         raise ValueError("out must not be a lazily conjugated or negated view; allocate a tensor with torch.empty")
-    out = out.detach()
     if complex_dtype:
         out = torch.view_as_real(out).flatten()
     if any(_overlaps(out, tensor) for tensor in ((grads,) if isinstance(grads, Tensor) else grads)):
