@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fastconfig.combination import Combination, combine_segments
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
-from fastconfig.validation import FLOAT_DTYPES, REAL_OF_COMPLEX, Rows
+from fastconfig.rows import Rows
+from fastconfig.validation import FLOAT_DTYPES, REAL_OF_COMPLEX
 
 
 class Segment:

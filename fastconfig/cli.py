@@ -195,7 +195,7 @@ def _demo_burgers(arguments: argparse.Namespace, parser: argparse.ArgumentParser
         if seconds is None and arguments.steps is None:
             seconds = _DEFAULT_SECONDS
         budget = burgers.Budget(seconds, arguments.steps)
-        grid = burgers_problem.TestGrid(arguments.device)
+        grid = burgers_problem.ExactGrid(arguments.device)
         trainers = [make(arguments.seed, arguments.device, budget) for make in burgers.TRAINERS]
         with report.TrainingProgress(console, trainers) as progress:
             burgers.train(trainers, grid, lambda: interrupt.requested, progress.update)

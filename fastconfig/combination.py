@@ -11,7 +11,8 @@ from torch import Tensor
 from fastconfig import backends
 from fastconfig.backends import Backend
 from fastconfig.methods import ConFIG, Method
-from fastconfig.validation import Rows, check_method_weights
+from fastconfig.rows import Rows
+from fastconfig.validation import check_method_weights
 
 
 def combine_rows(

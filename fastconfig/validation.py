@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastconfig.rows import Rows
+
 FLOAT_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 REAL_OF_COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-
-
-class Rows(NamedTuple):
-    """m gradient vectors of n elements, in the form the backends read.
-
-    Either one ``matrix`` (m, n) whose rows are contiguous, any distance apart, or ``vectors``, m contiguous (n,)
-    tensors that lie anywhere. Complex input stands here as its real view, twice as long.
-    """
-
-    m: int
-    n: int
-    dtype: torch.dtype
-    device: torch.device
-    matrix: Tensor | None
-    vectors: tuple[Tensor, ...]
 
 
 def check_rows(grads: Tensor | Sequence[Tensor]) -> Rows:

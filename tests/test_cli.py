@@ -124,10 +124,10 @@ def test_interrupted_before_the_first_step_it_still_reports(capsys, monkeypatch,
     needs_extra()
     from fastconfig.demos import burgers_problem
 
-    make = burgers_problem.TestGrid
+    make = burgers_problem.ExactGrid
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(
-        burgers_problem, "TestGrid", lambda device: (signal.raise_signal(signal.SIGINT), make(device))[1]
+        burgers_problem, "ExactGrid", lambda device: (signal.raise_signal(signal.SIGINT), make(device))[1]
     )
     try:
         assert cli.main([*DEMO, "--seconds", "60", "--out", str(tmp_path / "early.png")]) == 130

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fastconfig as fc
 from fastconfig.backends import BACKENDS, cpu, reference
-from fastconfig.validation import Rows, check_rows
+from fastconfig.rows import Rows
+from fastconfig.validation import check_rows
 
 LOSSES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 40, 64, 128]
 SIZES = [0, 1, 15, 16, 17, 31, 1000, 65537]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastconfig.backends import cpu, reference
 from fastconfig.backends.rules import ConFIGRule
-from fastconfig.validation import Rows
+from fastconfig.rows import Rows
 
 __all__ = ["BACKENDS", "Backend", "select"]
 

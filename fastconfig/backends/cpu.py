@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastconfig.backends import reference
 from fastconfig.backends.rules import ConFIGRule, nonfinite_message
-from fastconfig.validation import Rows
+from fastconfig.rows import Rows
 
 try:
     from fastconfig import _core

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends.rules import ConFIGRule, nonfinite_message
-from fastconfig.validation import Rows
+from fastconfig.rows import Rows
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of one float64 chunk, 32 MiB: the reference's working memory, whatever n is."""

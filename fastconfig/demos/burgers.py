@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastconfig.buffer import GradientBuffer
 from fastconfig.conflictfree.momentum_operator import PseudoMomentumOperator
-from fastconfig.demos.burgers_problem import LOSS_NAMES, BurgersNetwork, Problem, TestGrid
+from fastconfig.demos.burgers_problem import LOSS_NAMES, BurgersNetwork, ExactGrid, Problem
 from fastconfig.methods import ConFIG
 
 PAIRS = ((0, 1), (0, 2), (1, 2))
@@ -113,7 +113,7 @@ class Trainer(ABC):
             self.steps += 1
             self.seconds += self._now() - started
 
-    def evaluate(self, grid: TestGrid) -> None:
+    def evaluate(self, grid: ExactGrid) -> None:
         """Write the test error and the losses into the history, off the clock, if they can have changed since."""
         if self._evaluated == self.steps:
             return
@@ -217,7 +217,7 @@ def _one_thread() -> Generator[None, None, None]:
         torch.set_num_threads(threads)
 
 
-def train(trainers: Sequence[Trainer], grid: TestGrid, stop: Callable[[], bool], progress: Callable[[], None]) -> None:
+def train(trainers: Sequence[Trainer], grid: ExactGrid, stop: Callable[[], bool], progress: Callable[[], None]) -> None:
     """Train all in turns until their budgets are used up, or until ``stop()``.
 
     Args:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastconfig.demos.burgers import PAIRS, Trainer
-from fastconfig.demos.burgers_problem import LOSS_NAMES, TestGrid
+from fastconfig.demos.burgers_problem import LOSS_NAMES, ExactGrid
 
 # Okabe and Ito's colours, told apart with every common colour blindness; line styles tell them apart in grey, too.
 _METHOD_LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))
@@ -27,7 +27,7 @@ _COSINE_BINS = 40
 Field = NDArray[np.float64]
 
 
-def save_figure(trainers: Sequence[Trainer], grid: TestGrid, path: Path) -> None:
+def save_figure(trainers: Sequence[Trainer], grid: ExactGrid, path: Path) -> None:
     """Draw what there is of the trainers' work, 'not run' where there is none, into a PNG.
 
     Args:
@@ -47,7 +47,7 @@ def save_figure(trainers: Sequence[Trainer], grid: TestGrid, path: Path) -> None
         part.unlink(missing_ok=True)
 
 
-def _draw(trainers: Sequence[Trainer], grid: TestGrid) -> Figure:
+def _draw(trainers: Sequence[Trainer], grid: ExactGrid) -> Figure:
     figure = Figure(figsize=(16, 15), layout="constrained")
     FigureCanvasAgg(figure)  # never a window, whatever backend the user has set
     columns = len(trainers) + 1
@@ -66,7 +66,7 @@ def _draw(trainers: Sequence[Trainer], grid: TestGrid) -> Figure:
 
 
 def _draw_solutions(
-    figure: Figure, axes: list[Axes], trainers: Sequence[Trainer], predictions: list[Field | None], grid: TestGrid
+    figure: Figure, axes: list[Axes], trainers: Sequence[Trainer], predictions: list[Field | None], grid: ExactGrid
 ) -> None:
     titles = ["exact solution"] + [_title(trainer) for trainer in trainers]
     for ax, title, field in zip(axes, titles, [grid.exact, *predictions], strict=True):
@@ -80,7 +80,7 @@ def _draw_solutions(
 
 
 def _draw_errors(
-    figure: Figure, axes: list[Axes], trainers: Sequence[Trainer], predictions: list[Field | None], grid: TestGrid
+    figure: Figure, axes: list[Axes], trainers: Sequence[Trainer], predictions: list[Field | None], grid: ExactGrid
 ) -> None:
     profile, *fields = axes
     profile.plot(grid.x, grid.exact[-1], color="black", linewidth=3.5, alpha=0.35, label="exact")

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 import fastconfig as fc
 from fastconfig.demos import burgers
 from fastconfig.demos.burgers_exact import VISCOSITY, exact_solution
-from fastconfig.demos.burgers_problem import BurgersNetwork, Jet, Problem, TestGrid
+from fastconfig.demos.burgers_problem import BurgersNetwork, ExactGrid, Jet, Problem
 
 CPU = torch.device("cpu")
 
@@ -148,7 +148,7 @@ def test_training_is_reproducible_and_starts_from_the_same_weights():
     def run(seed):
         trainers = [trainer(kind, steps=9, seed=seed) for kind in burgers.TRAINERS]
         starts = [weights(t) for t in trainers]
-        burgers.train(trainers, TestGrid(CPU), never, lambda: None)
+        burgers.train(trainers, ExactGrid(CPU), never, lambda: None)
         return starts, [weights(t) for t in trainers], trainers
 
     starts, ends, trainers = run(4)
@@ -168,7 +168,7 @@ def test_training_is_reproducible_and_starts_from_the_same_weights():
 
 def test_training_lowers_the_error_of_every_method():
     trainers = [trainer(kind, steps=80) for kind in burgers.TRAINERS]
-    burgers.train(trainers, TestGrid(CPU), never, lambda: None)
+    burgers.train(trainers, ExactGrid(CPU), never, lambda: None)
     for trained in trainers:
         errors = trained.history.errors
         assert errors[-1] < 0.8 * errors[0], trained.name
@@ -214,7 +214,7 @@ def test_training_stops_when_asked_and_restores_the_threads():
     torch.set_num_threads(2)
     trainers = [trainer(kind, steps=10**6) for kind in burgers.TRAINERS]
     asked = iter([False] * 5)
-    burgers.train(trainers, TestGrid(CPU), lambda: next(asked, True), lambda: None)
+    burgers.train(trainers, ExactGrid(CPU), lambda: next(asked, True), lambda: None)
     assert [trained.steps for trained in trainers] == [5, 0, 0]
     assert len(trainers[0].history.errors) == 2
     assert torch.get_num_threads() == 2
@@ -223,7 +223,7 @@ def test_training_stops_when_asked_and_restores_the_threads():
 def test_picture_of_what_there_is(tmp_path):
     """A network that diverged, one in the middle of its work, one that has not begun."""
     figure = pytest.importorskip("fastconfig.demos.burgers_figure")
-    grid = TestGrid(CPU)
+    grid = ExactGrid(CPU)
     trainers = [trainer(kind, steps=21) for kind in burgers.TRAINERS]
     for trained in trainers[:2]:
         trained.evaluate(grid)
@@ -249,6 +249,6 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure.Figure, "savefig", half_written)
     with pytest.raises(OSError, match="disk full"):
-        figure.save_figure([trainer(kind, steps=1) for kind in burgers.TRAINERS], TestGrid(CPU), path)
+        figure.save_figure([trainer(kind, steps=1) for kind in burgers.TRAINERS], ExactGrid(CPU), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

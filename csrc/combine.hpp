@@ -1,0 +1,105 @@
+// The weighted sum of rows over a run of columns.
+// Part of tier_kernels.hpp, compiled once a tier inside its namespace: no include guard, no standard headers.
+
+constexpr int64_t kStrip = 512;  // columns whose sums stay in the first-level cache while groups of rows pass
+constexpr int kGroup = 8;        // rows read side by side
+
+// Over R rows, sums = (sums +) Σ c_i g_i. The first group starts the sums; the last rounds them to `out` instead.
+template <class T, int R, bool First, bool Last>
+void add_rows(const void* const* row, const double* c, Columns columns, double* sums, typename T::Element* out) {
+    typedef typename T::Element Element;
+    const Element* p[R];
+    Doubles scale[R];
+    for (int i = 0; i < R; ++i) {
+        p[i] = static_cast<const Element*>(row[i]) + columns.first;
+        scale[i] = Doubles{} + c[i];
+    }
+    const auto add = [&](const Element* const* at, int64_t offset, int64_t k, Element* to) INLINE {
+        Doubles total[T::kParts];
+        for (int part = 0; part < T::kParts; ++part) {
+            total[part] = scale[0] * T::load(at[0] + offset, part);
+            for (int i = 1; i < R; ++i) total[part] += scale[i] * T::load(at[i] + offset, part);
+            if (!First) total[part] += load_raw<Doubles>(sums + k + part * kLanes);
+            if (!Last) store_raw(sums + k + part * kLanes, total[part]);
+        }
+        if (Last) T::store(to, total);
+    };
+    int64_t k = 0;
+    for (; k + kStep<T> <= columns.count; k += kStep<T>) add(p, k, k, out + k);
+    if (const int64_t left = columns.count - k; left > 0) {
+        Element tail[R][kStep<T>] = {}, rounded[kStep<T>];
+        const Element* padded[R];
+        for (int i = 0; i < R; ++i) {
+            __builtin_memcpy(tail[i], p[i] + k, left * sizeof(Element));
+            padded[i] = tail[i];
+        }
+        add(padded, 0, k, rounded);
+        if (Last) __builtin_memcpy(out + k, rounded, left * sizeof(Element));
+    }
+}
+
+template <class T, bool First>
+void add_last_rows(const void* const* row, const double* c, int64_t rows, Columns columns, double* sums,
+                   typename T::Element* out) {
+    switch (rows) {
+        case 1: return add_rows<T, 1, First, true>(row, c, columns, sums, out);
+        case 2: return add_rows<T, 2, First, true>(row, c, columns, sums, out);
+        case 3: return add_rows<T, 3, First, true>(row, c, columns, sums, out);
+        case 4: return add_rows<T, 4, First, true>(row, c, columns, sums, out);
+        case 5: return add_rows<T, 5, First, true>(row, c, columns, sums, out);
+        case 6: return add_rows<T, 6, First, true>(row, c, columns, sums, out);
+        case 7: return add_rows<T, 7, First, true>(row, c, columns, sums, out);
+        default: return add_rows<T, kGroup, First, true>(row, c, columns, sums, out);
+    }
+}
+
+template <class T>
+void combine_strip(const void* const* row, const double* c, int64_t m, Columns columns, typename T::Element* out) {
+    if (m <= kGroup) return add_last_rows<T, true>(row, c, m, columns, nullptr, out);
+    alignas(64) double sums[kStrip];
+    add_rows<T, kGroup, true, false>(row, c, columns, sums, out);
+    int64_t i = kGroup;
+    for (; m - i > kGroup; i += kGroup) add_rows<T, kGroup, false, false>(row + i, c + i, columns, sums, out);
+    add_last_rows<T, false>(row + i, c + i, m - i, columns, sums, out);
+}
+
+// Copies a finished strip past the cache: the output is not read again soon, and a normal store would first fetch every
+// line it is about to overwrite.
+inline void stream(void* target, const void* source, int64_t bytes) {
+    int64_t done = 0;
+#if FASTCONFIG_X86
+    constexpr int64_t step = sizeof(Doubles);
+    for (; done + step <= bytes; done += step) {
+        char* to = static_cast<char*>(target) + done;
+        const char* from = static_cast<const char*>(source) + done;
+#if FASTCONFIG_VECTOR_BYTES == 64
+        _mm512_stream_si512((__m512i*)to, _mm512_load_si512((const __m512i*)from));
+#else
+        _mm256_stream_si256((__m256i*)to, _mm256_load_si256((const __m256i*)from));
+#endif
+    }
+#endif
+    __builtin_memcpy(static_cast<char*>(target) + done, static_cast<const char*>(source) + done, bytes - done);
+}
+
+template <class T>
+void combine(const void* const* row, const double* c, int64_t m, Columns columns, void* out, bool past_cache) {
+    typedef typename T::Element Element;
+    Element* target = static_cast<Element*>(out);
+    const int64_t last = columns.first + columns.count;
+    if (m == 0) {
+        __builtin_memset(target + columns.first, 0, columns.count * sizeof(Element));
+        return;
+    }
+    const bool streamed =
+        FASTCONFIG_X86 && past_cache && reinterpret_cast<uintptr_t>(target + columns.first) % sizeof(Doubles) == 0;
+    alignas(64) Element strip[kStrip];
+    for (int64_t first = columns.first; first < last; first += kStrip) {
+        int64_t count = last - first < kStrip ? last - first : kStrip;
+        combine_strip<T>(row, c, m, {first, count}, streamed ? strip : target + first);
+        if (streamed) stream(target + first, strip, count * sizeof(Element));
+    }
+#if FASTCONFIG_X86
+    if (streamed) _mm_sfence();  // streamed stores are weakly ordered: they must be seen before the block is done
+#endif
+}

@@ -1,0 +1,156 @@
+// Vectors of doubles, and how each element type becomes them and is made of them.
+// Part of tier_kernels.hpp, compiled once a tier inside its namespace: no include guard, no standard headers.
+
+#define INLINE __attribute__((always_inline))  // on what stands in the hot loops: they are nothing without it
+
+constexpr int kLanes = FASTCONFIG_VECTOR_BYTES / 8;
+
+typedef double Doubles __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES)));
+typedef float Floats __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES / 2)));
+
+template <class V>
+inline V load_raw(const void* source) {
+    V v;
+    __builtin_memcpy(&v, source, sizeof v);
+    return v;
+}
+
+template <class V>
+inline void store_raw(void* target, V v) {
+    __builtin_memcpy(target, &v, sizeof v);
+}
+
+template <class To, class From>
+inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// GCC 12 lowers __builtin_convertvector to detours through halves and shuffles, so x86 names its one instruction.
+// (The masked AVX-512 forms, all lanes on, because the plain ones read an undefined register in GCC's header.)
+INLINE inline Doubles widen(Floats f) {
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
+    return (Doubles)_mm512_maskz_cvtps_pd(0xff, (__m256)f);
+#elif FASTCONFIG_X86
+    return (Doubles)_mm256_cvtps_pd((__m128)f);
+#else
+    return __builtin_convertvector(f, Doubles);
+#endif
+}
+
+INLINE inline Floats narrow(Doubles d) {
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
+    return (Floats)_mm512_maskz_cvtpd_ps(0xff, (__m512d)d);
+#elif FASTCONFIG_X86
+    return (Floats)_mm256_cvtpd_ps((__m256d)d);
+#else
+    return __builtin_convertvector(d, Floats);
+#endif
+}
+
+INLINE inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
+
+// A step is kStep neighbouring elements, read and written as kParts vectors of doubles. Which element goes to which
+// part is the type's own affair: sums over columns do not care, and store undoes what load did.
+
+struct Float32 {
+    typedef float Element;
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const float* p, int) { return widen(load_raw<Floats>(p)); }
+    INLINE static void store(float* p, const Doubles* part) { store_raw(p, narrow(part[0])); }
+};
+
+struct Float64 {
+    typedef double Element;
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const double* p, int) { return load_raw<Doubles>(p); }
+    INLINE static void store(double* p, const Doubles* part) { store_raw(p, part[0]); }
+};
+
+// The even elements and the odd ones: a little-endian word of two bfloat16 is the odd one's float as soon as its lower
+// half is cleared, and the even one's when shifted up. Nothing is ever shuffled.
+struct BFloat16 {
+    typedef uint16_t Element;
+    static constexpr int kParts = 2;
+    INLINE static Doubles load(const uint16_t* p, int part) {
+        const Words pair = load_raw<Words>(p);
+        return widen(bits<Floats>(part == 0 ? pair << 16 : pair & 0xffff0000u));
+    }
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        store_raw(p, rounded(part[0]) >> 16 | (rounded(part[1]) & 0xffff0000u));
+    }
+
+ private:
+    // To nearest even in the float's upper half. A NaN is not rounded, or its mantissa might overflow; narrowing has
+    // made it quiet, so it survives losing its lower half.
+    INLINE static Words rounded(Doubles v) {
+        const Floats f = narrow(v);
+        const Words w = bits<Words>(f);
+        return w + ((0x7fff + ((w >> 16) & 1)) & bits<Words>(f == f));
+    }
+};
+
+struct Float16 {
+    typedef uint16_t Element;
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const uint16_t* p, int) {
+        return widen((Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+    }
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)narrow(part[0]), _MM_FROUND_TO_NEAREST_INT));
+    }
+#elif FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 32
+    static constexpr int kParts = 1;
+    INLINE static Doubles load(const uint16_t* p, int) {
+        return widen((Floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
+    }
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)narrow(part[0]), _MM_FROUND_TO_NEAREST_INT));
+    }
+#else
+    // Even and odd elements, as BFloat16's.
+    static constexpr int kParts = 2;
+    INLINE static Doubles load(const uint16_t* p, int part) {
+        const Words pair = load_raw<Words>(p);
+        return widen(floats(part == 0 ? pair & 0xffff : pair >> 16));
+    }
+    INLINE static void store(uint16_t* p, const Doubles* part) {
+        store_raw(p, rounded(part[0]) | rounded(part[1]) << 16);
+    }
+
+ private:
+    // Exponent and mantissa move to the float's place, and a multiplication by 2^112 rebiases the exponent, subnormals
+    // included. Inf and NaN, whose product is 2^16 or more, get the float's largest exponent.
+    INLINE static Floats floats(Words h) {
+        const Floats magnitude = bits<Floats>((h & 0x7fff) << 13) * 0x1p112f;
+        const Words special = bits<Words>(magnitude >= 65536.0f) & 0x7f800000;
+        return bits<Floats>(bits<Words>(magnitude) | special | (h & 0x8000) << 16);
+    }
+    // Normal results: rebias the exponent and round the mantissa to nearest even by integer arithmetic, whose carry
+    // runs into the exponent as it should. Subnormal results: adding 0.5, whose last bit is worth 2^-24, rounds by
+    // itself.
+    INLINE static Words rounded(Doubles v) {
+        const Words w = bits<Words>(narrow(v));
+        const Words magnitude = w & 0x7fffffff;
+        const Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+        const Words subnormal = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+        Words half = select(bits<Words>(magnitude < 0x38800000u), subnormal, normal);
+        half = select(bits<Words>(magnitude >= 0x47800000u), Words{} + 0x7c00u, half);
+        half = select(bits<Words>(magnitude > 0x7f800000u), Words{} + 0x7e00u, half);
+        return half | (w >> 16 & 0x8000);
+    }
+#endif
+};
+
+template <class T>
+constexpr int64_t kStep = T::kParts * kLanes;
+
+INLINE inline double sum(Doubles v) {
+    double total = v[0];
+    for (int lane = 1; lane < kLanes; ++lane) total += v[lane];
+    return total;
+}
