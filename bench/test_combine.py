@@ -1,5 +1,6 @@
 """Timings of one combination, contender by contender, for pytest-benchmark; ``bench/run.py`` makes the table."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ CASES = [
     for name in CONTENDERS
     if shape.dtype is torch.float32 or name not in FLOAT32_ONLY
 ]
-MEASURED_BYTES = 1 << 35
-"""Traffic a case is measured over, at the floor's count of bytes: rounds enough for a median on a noisy machine."""
+MEASURED_SECONDS = 3.0
+"""How long a case is timed, five calls at least: a shared machine is slow for seconds at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,11 @@ def _resident(field: str) -> int:
 def test_combination(benchmark, gradients, shape, name):
     grads = gradients(shape)
     call = CONTENDERS[name](grads)
-    slow = name.startswith(("conflictfree", "torchjd"))
-    traffic = (2 * shape.m + 1) * shape.n * grads.element_size() * (20 if slow else 1)
-    rounds = max(5, min(5000, MEASURED_BYTES // (traffic + (1 << 22))))
-    answer = benchmark.pedantic(call, rounds=rounds, warmup_rounds=min(rounds // 5 + 1, 50))
+    call()
+    start = time.perf_counter()
+    call()
+    rounds = max(5, round(MEASURED_SECONDS / (time.perf_counter() - start)))
+    answer = benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info.update(m=shape.m, n=shape.n, dtype=str(shape.dtype)[6:], contender=name)
     if name != "floor":
         found = quality(answer, grads)
