@@ -20,6 +20,9 @@ constexpr int64_t kBlockColumns = 1 << 14;
 // Under this many elements a call runs serially: waking a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 1 << 17;
 
+// Doubles between two threads' scratch: two cache lines, so that no thread writes where another's line begins.
+constexpr int64_t kApart = 16;
+
 // From this output size on, streaming stores: the result would push the rows out of the last-level cache.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
@@ -75,12 +78,11 @@ void for_each_block(int64_t count, int threads, bool backwards, Work work) {
 // Adds the blocks' packed partial sums in block order and writes both triangles.
 void reduce(const std::vector<double>& partials, int64_t blocks, int64_t m, double* gramian) {
     const int64_t size = packed_size(m);
+    std::vector<double> total(size);
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t e = 0; e < size; ++e) total[e] += partials[block * size + e];
     for (int64_t i = 0, e = 0; i < m; ++i)
-        for (int64_t j = 0; j <= i; ++j, ++e) {
-            double total = 0.0;
-            for (int64_t block = 0; block < blocks; ++block) total += partials[block * size + e];
-            gramian[i * m + j] = gramian[j * m + i] = total;
-        }
+        for (int64_t j = 0; j <= i; ++j, ++e) gramian[i * m + j] = gramian[j * m + i] = total[e];
 }
 
 // The rows that combine reads, with their weights.
@@ -108,7 +110,8 @@ void combine_block(const Tier& tier, const Rows& rows, const Used& used, Columns
 void Engine::gramian(const Rows& rows, double* gramian) const {
     const Blocks blocks(rows);
     const int team = threads_for(rows, threads);
-    const int64_t count = blocks.count(), size = packed_size(rows.m), scratch = tier->scratch_size(rows.m);
+    const int64_t count = blocks.count(), size = packed_size(rows.m);
+    const int64_t scratch = tier->scratch_size(rows.m) + kApart;
     // All of it before the threads start: an exception must not leave a parallel region.
     std::vector<double> partials(count * size), scratches(team * scratch);
     const auto kernel = tier->gramian[static_cast<int>(rows.dtype)];
