@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # One translation unit an ISA tier: each switches its own instruction set on, so no file needs flags of its own and
 # the same build runs on every machine of the architecture.
@@ -31,4 +31,9 @@ core = Pybind11Extension(
 )
 
 with ParallelCompile("FASTCONFIG_BUILD_JOBS", default=0):
-    setup(ext_modules=[core])
+    setup(
+        ext_modules=[core],
+        # kernels/ stands beside the package, for readers; it is installed inside it.
+        packages=[*find_packages(include=["fastconfig*"]), "fastconfig.kernels"],
+        package_dir={"fastconfig.kernels": "kernels"},
+    )

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from guarded import assert_close_in_units, poisoned, row_of, rows_in_poison
 from torch import Tensor
 
 import fastconfig as fc
 from fastconfig.backends import BACKENDS, cpu, reference
-from fastconfig.rows import Rows
 from fastconfig.validation import check_rows
 
 LOSSES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 40, 64, 128]
@@ -27,39 +27,6 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use_tier(request.param)
     yield request.param
     cpu.use_tier(before)
-
-
-def rows_in_poison(m: int, n: int, dtype: torch.dtype, layout: str, seed: int = 0) -> Tensor | list[Tensor]:
-    """m gradients of mixed scales whose every neighbour in memory is NaN, so that one element read too far shows."""
-    generator = torch.Generator().manual_seed(seed)
-    scales = torch.logspace(-1, 1, m, dtype=torch.float64).unsqueeze(1)
-    values = (torch.randn(m, n, generator=generator, dtype=torch.float64) * scales).to(dtype)
-    if layout == "vectors":
-        separate = [torch.full((n + 2 * (i % 5 + 1),), math.nan, dtype=dtype)[i % 5 + 1 :][:n] for i in range(m)]
-        for vector, value in zip(separate, values, strict=True):
-            vector.copy_(value)
-        return separate
-    padding = {"contiguous": 0, "padded": 3, "far": 4097}[layout]
-    block = torch.full((m + 2, n + padding), math.nan, dtype=dtype)
-    matrix = block[1:-1, :n]
-    matrix.copy_(values)
-    return matrix
-
-
-def poisoned(n: int, dtype: torch.dtype, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """A (n,) output of NaN inside a guarded block of -1."""
-    block = torch.full((n + 16 + offset,), -1.0, dtype=dtype)
-    out = block[8 + offset : 8 + offset + n]
-    out.fill_(math.nan)
-    return block, out
-
-
-def assert_close_in_units(got: Tensor, wanted: Tensor, dtype: torch.dtype, scale: Tensor) -> None:
-    """Both are rounded once from nearly equal float64 values: they differ by one unit in the last place, no more."""
-    assert torch.isfinite(got).all()
-    got, wanted = got.to(torch.float64), wanted.to(torch.float64)
-    unit = torch.finfo(dtype).eps * wanted.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert (got - wanted).abs().le(unit + 1e-13 * scale).all()
 
 
 def test_the_core_is_built() -> None:
@@ -95,10 +62,6 @@ def test_apply_equals_the_reference(tier: str, m: int, dtype: torch.dtype) -> No
             assert_close_in_units(got, wanted, dtype, scale)
             assert (block[: 8 + offset] == -1).all()
             assert (block[8 + offset + n :] == -1).all()
-
-
-def row_of(rows: Rows, i: int) -> Tensor:
-    return (rows.vectors[i] if rows.matrix is None else rows.matrix[i]).to(torch.float64)
 
 
 @pytest.mark.parametrize("length", ["projection", "minimum", "maximum", "harmonic", "arithmetic", "geometric", 0, -1])

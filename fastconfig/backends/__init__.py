@@ -7,12 +7,14 @@ A backend is a module with ``available``, ``gramian``, ``apply``, ``config_weigh
 from __future__ import annotations
 
 import os
+import warnings
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastconfig.backends import cpu, reference
+from fastconfig.backends import cpu, reference, triton
 from fastconfig.backends.rules import ConFIGRule
 from fastconfig.rows import Rows
 
@@ -45,9 +47,9 @@ class Backend(Protocol):
         """All of it; K and c are kept where tensors for them are given."""
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu}
-DEVICE_TYPES = {"cpu": "cpu"}
-"""Which device type a compiled backend drives; ``reference`` runs on every one."""
+BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu, "triton": triton}
+DEVICE_TYPES = {"cpu": "cpu", "triton": "cuda"}
+"""Which device type a compiled backend drives, ROCm's being "cuda", too; ``reference`` runs on every one."""
 
 FORCED = os.environ.get("FASTCONFIG_BACKEND") or "auto"
 
@@ -65,18 +67,33 @@ def select(device: torch.device, name: str | None = None) -> Backend:
     """
     name = name or FORCED
     if name == "auto":
-        return _AUTO.get(device.type, reference)
+        return _automatic(device)
     if name not in BACKENDS:
-        raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {name!r}")
-    backend = BACKENDS[name]
-    reason = backend.available()
-    if reason is None and DEVICE_TYPES.get(name, device.type) != device.type:
-        reason = f"it does not drive {device.type} tensors"
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    reason = _reason_against(name, device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}; use 'auto' or 'reference'")
-    return backend
+    return BACKENDS[name]
 
 
-_AUTO: dict[str, Backend] = {
-    device_type: BACKENDS[name] for name, device_type in DEVICE_TYPES.items() if BACKENDS[name].available() is None
-}
+@lru_cache(maxsize=64)
+def _automatic(device: torch.device) -> Backend:
+    """The compiled backend that drives the device, else the reference, with a warning where that is a pity."""
+    for name, device_type in DEVICE_TYPES.items():
+        if device_type == device.type:
+            reason = _reason_against(name, device)
+            if reason is None:
+                return BACKENDS[name]
+            if name == "triton":  # the CPU's backend warns for itself, and only where it was built and does not load
+                warnings.warn(f"fastconfig runs its slow reference on {device}: {reason}", stacklevel=4)
+    return reference
+
+
+def _reason_against(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on tensors of this device, or None where it can."""
+    reason = BACKENDS[name].available()
+    if reason is None and name == "triton":
+        return triton.drives(device)
+    if reason is None and DEVICE_TYPES.get(name, device.type) != device.type:
+        return f"it does not drive {device.type} tensors"
+    return reason

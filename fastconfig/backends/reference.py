@@ -69,7 +69,7 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
         FloatingPointError: a row is not finite and the rule says "raise"; reading that synchronises.
     """
     if rule.nonfinite == "raise":
-        _raise_if_nonfinite(gramian)
+        raise_if_nonfinite(gramian)
     direction = rule.direction_tensor(gramian)
     coefficients, norms, cosines = _unit_direction(gramian, direction, rule)
     length = rule.length_of(norms, cosines)
@@ -94,7 +94,8 @@ def config_combine(
         weights_out.copy_(c)
 
 
-def _raise_if_nonfinite(gramian: Tensor) -> None:
+def raise_if_nonfinite(gramian: Tensor) -> None:
+    """FloatingPointError if a gradient is not finite, which its squared norm tells. Waits for the device."""
     bad = (~torch.isfinite(gramian.diagonal())).nonzero().flatten().tolist()
     if bad:
         raise FloatingPointError(nonfinite_message(bad[0]))

@@ -1,0 +1,464 @@
+"""The GPU backend: ``kernels/`` on CUDA and ROCm tensors. What each function means stands in ``reference``.
+
+Nothing here waits for the device, except where ``nonfinite="raise"`` asks to. Up to 64 losses ConFIG is two launches,
+for a small problem one; more losses are solved by torch.linalg.eigh on the device, which synchronises inside PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from fastconfig.backends import reference
+from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule
+from fastconfig.rows import Rows
+
+OLDEST = (3, 6)
+"""The oldest Triton that the kernels compile on; the tests compile them on this one and on the newest."""
+OLDEST_ROCM_MATRIX = (3, 9)
+"""The oldest Triton with float64 matrix products on AMD, which the Gramian of more than 8 losses is made of."""
+
+try:
+    import triton
+    import triton.language as tl
+
+    from fastconfig.kernels import geometry, launched
+except ImportError as error:
+    _IMPORT_ERROR = str(error)
+else:
+    _IMPORT_ERROR = ""
+    _DTYPES = {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton runs the kernels in Python, on tensors of any device: how they are tested where there is no GPU."""
+
+AUTOTUNE = os.environ.get("FASTCONFIG_AUTOTUNE") == "1"
+"""Try the launches of ``kernels/geometry.py`` at the first call of a kind instead of taking the table's."""
+
+_ADDRESSES_A_LAUNCH = 64
+
+
+def available() -> str | None:
+    """Why the kernels cannot run here, or None where they can."""
+    if _IMPORT_ERROR:
+        return f"Triton could not be imported ({_IMPORT_ERROR}); pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+    if _version() < OLDEST:
+        return f"Triton {triton.__version__} is too old; pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA or ROCm device"
+    return None
+
+
+@lru_cache(maxsize=64)
+def drives(device: torch.device) -> str | None:
+    """Why the kernels cannot run on tensors of this device, or None where they can."""
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"it does not drive {device.type} tensors"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+def gramian(rows: Rows) -> Tensor:
+    """As reference.gramian, in one launch; one more writes the addresses of more than 8 separate vectors."""
+    if not _has_kernel(rows):
+        return reference.gramian(rows)
+    result = torch.empty(rows.m, rows.m, dtype=torch.float64, device=rows.device)
+    with _on(rows.device) as workspace:
+        _launch_gramian(_operand(rows, workspace), workspace, result, None, None)
+    return result
+
+
+def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
+    """As reference.apply, in one launch; as in gramian with many separate vectors. Each output is written once."""
+    if rows.n == 0:
+        return
+    weights = weights.to(torch.float64).contiguous()
+    with _on(rows.device) as workspace:
+        _launch_combination(_operand(rows, workspace, out), workspace, weights, out)
+
+
+def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
+    """As reference.config_weights, in one launch; a callable length model, or over 64 losses, run there."""
+    m = len(gramian)
+    if callable(rule.length) or m > geometry.SOLVED:
+        return reference.config_weights(gramian, rule)
+    if rule.nonfinite == "raise":
+        reference.raise_if_nonfinite(gramian)
+    weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
+    with _on(gramian.device) as workspace:
+        _launch_solve(workspace, gramian.contiguous(), weights, rule)
+    return weights
+
+
+def config_combine(
+    rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
+) -> None:
+    """As reference.config_combine: two launches, or one where one program does it all. No callable length model."""
+    if rows.m > geometry.SOLVED or rule.nonfinite == "raise" or not _has_kernel(rows):
+        _config_combine_in_steps(rows, rule, out, gramian_out, weights_out)
+        return
+    with _on(rows.device) as workspace:
+        workspace.reserve(rows.m)
+        operand = _operand(rows, workspace, out)
+        k = workspace.gramian if gramian_out is None else gramian_out
+        c = workspace.weights if weights_out is None else weights_out
+        if operand.is_small:
+            _launch_few(operand, geometry.one(rows.m), 1, workspace, k, c, rule, out)
+        else:
+            _launch_gramian(operand, workspace, k, c, rule)
+            _launch_combination(operand, workspace, c, out)
+
+
+def _config_combine_in_steps(
+    rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None, weights_out: Tensor | None
+) -> None:
+    k = gramian(rows)
+    c = config_weights(k, rule)
+    apply(rows, c, out)
+    if gramian_out is not None:
+        gramian_out.copy_(k)
+    if weights_out is not None:
+        weights_out.copy_(c)
+
+
+def _has_kernel(rows: Rows) -> bool:
+    return rows.m <= geometry.FEW or _describe(rows.device).has_matrix_units
+
+
+class Device(NamedTuple):
+    """What a launch needs to know of a device."""
+
+    multiprocessors: int
+    lanes: int
+    """Threads of a warp (NVIDIA) or wavefront (AMD)."""
+    has_matrix_units: bool
+    """Whether this Triton compiles float64 matrix products for it."""
+    limits_registers: bool
+    """Whether a launch may say how many registers a thread gets."""
+
+
+class Operand(NamedTuple):
+    """Rows as the kernels take them."""
+
+    pointer: Tensor | tuple[Tensor, ...]
+    """A tensor that begins with the first row, up to 8 separate vectors, or a table of more vectors' addresses."""
+    stride: int | None
+    """Elements from one row to the next; None for separate vectors, 0 for a table."""
+    aligned: bool
+    """Whether every row, and the output, begins at a multiple of 16 bytes."""
+    m: int
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def vector(self) -> int:
+        """Elements of a thread's widest load."""
+        return int(geometry.VECTOR_BYTES) // self.dtype.itemsize
+
+    @property
+    def is_small(self) -> bool:
+        """Whether one program is the quickest to do it all."""
+        return bool(self.m <= geometry.FEW and self.m * self.n * self.dtype.itemsize <= geometry.ONE_LAUNCH_BYTES)
+
+
+@dataclass
+class Workspace:
+    """Memory that launches on one stream share: partial sums, tickets, and the m×m numbers.
+
+    Launches of one stream follow each other, so one workspace a stream is enough, as long as no other thread's
+    launches come between two that belong together: hence the lock.
+    """
+
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.partials = torch.empty(0, dtype=torch.float64, device=self.device)
+        self.tickets = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self.addresses = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.gramian = self.weights = self.scratch = self.partials
+
+    def reserve(self, m: int, partials: int = 0, tickets: int = 0) -> None:
+        """Make room; what is large enough stays, so a steady state allocates nothing."""
+        if len(self.weights) < m:
+            self.gramian = self.partials.new_empty(m * m)
+            self.weights = self.partials.new_empty(m)
+        if len(self.scratch) < geometry.scratch_elements(m):
+            self.scratch = self.partials.new_empty(geometry.scratch_elements(m))
+        if len(self.partials) < partials:
+            self.partials = self.partials.new_empty(partials)
+        if len(self.tickets) < tickets:
+            self.tickets = self.tickets.new_zeros(tickets)  # zeros once: every launch leaves them so
+
+    def table_for(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """The (m,) addresses of the vectors on the device, written there by launches: no copy from the host."""
+        if len(self.addresses) < len(vectors):
+            self.addresses = self.addresses.new_empty(len(vectors))
+        for first in range(0, len(vectors), _ADDRESSES_A_LAUNCH):
+            some = vectors[first : first + _ADDRESSES_A_LAUNCH]
+            launched.table_of_addresses[(1,)](self.addresses[first:], some, COUNT=len(some), num_warps=1)
+        return self.addresses
+
+
+_WORKSPACES: dict[tuple[torch.device, int], Workspace] = {}
+_WORKSPACES_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[Workspace]:
+    """The device made current; the workspace of its current stream, held until the launches are queued."""
+    if device.type != "cuda":
+        with _workspace(device, 0) as workspace:
+            yield workspace
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
+        # A graph keeps the memory that it was captured with, and may be replayed beside anything: it gets its own.
+        if torch.cuda.is_current_stream_capturing():
+            yield Workspace(device)
+            return
+        with _workspace(device, torch.cuda.current_stream().cuda_stream) as workspace:
+            yield workspace
+
+
+@contextlib.contextmanager
+def _workspace(device: torch.device, stream: int) -> Iterator[Workspace]:
+    workspace = _WORKSPACES.get((device, stream))
+    if workspace is None:
+        with _WORKSPACES_LOCK:
+            workspace = _WORKSPACES.setdefault((device, stream), Workspace(device))
+    with workspace.lock:
+        yield workspace
+
+
+@lru_cache(maxsize=256)
+def _options(device: torch.device, warps: int, programs: int) -> dict[str, object]:
+    """Compiler options of a launch of which ``programs`` are to run on a multiprocessor at once."""
+    options: dict[str, object] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}  # the kernels do both
+    if _describe(device).limits_registers:
+        options["maxnreg"] = geometry.registers(warps, programs)
+    return options
+
+
+@lru_cache(maxsize=64)
+def _describe(device: torch.device) -> Device:
+    if INTERPRETED:
+        return Device(multiprocessors=2, lanes=32, has_matrix_units=True, limits_registers=True)
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    matrix_units = nvidia or _version() >= OLDEST_ROCM_MATRIX
+    return Device(properties.multi_processor_count, properties.warp_size, matrix_units, limits_registers=nvidia)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+
+
+def _operand(rows: Rows, workspace: Workspace, out: Tensor | None = None) -> Operand:
+    """Rows as the kernels take them, on the workspace's device."""
+    matrix, vectors = rows.matrix, rows.vectors
+    pointer: Tensor | tuple[Tensor, ...]
+    stride: int | None
+    if matrix is not None:
+        pointer, stride = matrix, matrix.stride(0) if rows.m > 1 else 0
+        starts = [matrix.data_ptr(), stride * rows.dtype.itemsize]
+    else:
+        pointer, stride = (vectors, None) if rows.m <= geometry.FEW else (workspace.table_for(vectors), 0)
+        starts = [vector.data_ptr() for vector in vectors]
+    if out is not None:
+        starts.append(out.data_ptr())
+    aligned = all(start % geometry.VECTOR_BYTES == 0 for start in starts)
+    return Operand(pointer, stride, aligned, rows.m, rows.n, rows.dtype, rows.device)
+
+
+def _launch_gramian(
+    operand: Operand, workspace: Workspace, k: Tensor, c: Tensor | None, rule: ConFIGRule | None
+) -> None:
+    """K into ``k`` and, where a rule is given, ConFIG's weights into ``c``."""
+    device = _describe(operand.device)
+
+    def launch_few(launch: geometry.Few) -> None:
+        tile = launch.warps * device.lanes * operand.vector * launch.unroll
+        programs = geometry.programs(operand.n, tile, launch.programs * device.multiprocessors, launch.group)
+        _launch_few(operand, launch, programs, workspace, k, c, rule, None)
+
+    def launch_many(launch: geometry.Many) -> None:
+        _launch_many(operand, launch, workspace, k, c, rule)
+
+    if operand.m > geometry.FEW:
+        launch_many(_tuned(geometry.many(operand.m, operand.dtype.itemsize), operand, launch_many))
+    elif operand.is_small:
+        _launch_few(operand, geometry.one(operand.m), 1, workspace, k, c, rule, None)
+    else:
+        launch_few(_tuned(geometry.few(operand.m), operand, launch_few))
+
+
+def _launch_few(
+    operand: Operand,
+    launch: geometry.Few,
+    programs: int,
+    workspace: Workspace,
+    k: Tensor,
+    c: Tensor | None,
+    rule: ConFIGRule | None,
+    out: Tensor | None,
+) -> None:
+    pairs = geometry.power_of_two(operand.m * (operand.m + 1) // 2)
+    groups = -(-programs // launch.group)
+    workspace.reserve(operand.m, (programs + groups) * pairs, 1 + groups)
+    launched.config_of_few[(programs,)](
+        operand.pointer,
+        operand.stride,
+        operand.n,
+        partials=None if programs == 1 else workspace.partials,
+        tickets=None if programs == 1 else workspace.tickets,
+        gramian=k,
+        weights=c,
+        out=out,
+        **_rule_arguments(rule, operand.m, workspace),
+        PAIRS=pairs,
+        THREADS=launch.warps * _describe(operand.device).lanes,
+        VECTOR=operand.vector,
+        UNROLL=launch.unroll,
+        ALIGNED=operand.aligned,
+        GROUP=launch.group,
+        **_options(workspace.device, launch.warps, launch.programs),
+    )
+
+
+def _launch_many(
+    operand: Operand,
+    launch: geometry.Many,
+    workspace: Workspace,
+    k: Tensor,
+    c: Tensor | None,
+    rule: ConFIGRule | None,
+) -> None:
+    strip_pairs = launch.strip_pairs(operand.m)
+    most = max(1, launch.programs * _describe(operand.device).multiprocessors // strip_pairs)
+    programs = geometry.programs(operand.n, launch.warps * launch.depth, most, launch.group)
+    groups = -(-programs // launch.group)
+    workspace.reserve(
+        operand.m,
+        strip_pairs * (programs + groups) * launch.partial_elements(),
+        1 + strip_pairs * (1 + groups),
+    )
+    launched.config_of_many[(programs * strip_pairs,)](
+        operand.pointer,
+        operand.stride,
+        operand.n,
+        partials=workspace.partials,
+        tickets=workspace.tickets,
+        gramian=k,
+        weights=c,
+        **_rule_arguments(rule, operand.m, workspace),
+        DTYPE=_DTYPES[operand.dtype],
+        LEFT=launch.left,
+        RIGHT=launch.right,
+        WARPS=launch.warps,
+        DEPTH=launch.depth,
+        ALIGNED=operand.aligned,
+        GROUP=launch.group,
+        **_options(workspace.device, launch.warps, launch.programs),
+    )
+
+
+def _launch_solve(workspace: Workspace, gramian: Tensor, weights: Tensor, rule: ConFIGRule) -> None:
+    m = len(gramian)
+    workspace.reserve(m)
+    launched.config_of_gramian[(1,)](
+        gramian,
+        weights,
+        **_rule_arguments(rule, m, workspace),
+        **_options(workspace.device, geometry.solve_warps(m), 1),
+    )
+
+
+def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor, out: Tensor) -> None:
+    device = _describe(workspace.device)
+
+    def launch_combination(launch: geometry.Combination) -> None:
+        tile = launch.warps * device.lanes * operand.vector
+        launched.combination[(geometry.programs(operand.n, tile, launch.programs * device.multiprocessors),)](
+            operand.pointer,
+            operand.stride,
+            operand.n,
+            weights,
+            out,
+            M=operand.m,
+            THREADS=launch.warps * device.lanes,
+            VECTOR=operand.vector,
+            ALIGNED=operand.aligned,
+            **_options(workspace.device, launch.warps, launch.programs),
+        )
+
+    launch_combination(_tuned(geometry.combination(operand.m), operand, launch_combination))
+
+
+def _rule_arguments(rule: ConFIGRule | None, m: int, workspace: Workspace) -> dict[str, object]:
+    """The arguments that say which rule the last program applies; without a rule, unused values."""
+    arguments: dict[str, object] = {"M": m, "MP": geometry.power_of_two(m), "DROP": False, "LENGTH": 0}
+    if rule is None:
+        return {**arguments, "direction": None, "tracked": 0, "rtol": 0.0, "scratch": None}
+    if isinstance(rule.length, int):
+        length, tracked = len(LENGTH_NAMES), rule.length % m
+    else:
+        length, tracked = LENGTH_NAMES.index(str(rule.length)), 0
+    return {
+        **arguments,
+        "direction": None if rule.direction is None else _on_device(rule.direction, workspace.device),
+        "tracked": tracked,
+        "rtol": rule.rtol,
+        "scratch": workspace.scratch,
+        "LENGTH": length,
+        "DROP": rule.nonfinite == "drop",
+    }
+
+
+@lru_cache(maxsize=256)
+def _on_device(direction: tuple[float, ...], device: torch.device) -> Tensor:
+    """Direction weights on a device, copied there once, at the first combination with them."""
+    return torch.tensor(direction, dtype=torch.float64, device=device)
+
+
+Launch = TypeVar("Launch")
+_TUNED: dict[tuple[object, ...], object] = {}
+
+
+def _tuned(candidates: Sequence[Launch], operand: Operand, launch: Callable[[Launch], None]) -> Launch:
+    """The table's choice, the first; with FASTCONFIG_AUTOTUNE=1 the quickest on this device, tried once a kind of size.
+
+    A kind is m, the dtype, the alignment and n to the next power of two. Trying waits for the device, and is left out
+    while a graph is captured.
+    """
+    if not AUTOTUNE or len(candidates) == 1:
+        return candidates[0]
+    size = operand.n.bit_length()
+    key = (type(candidates[0]), operand.m, size, operand.dtype, operand.aligned, operand.device)
+    if key not in _TUNED:
+        if operand.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        _TUNED[key] = min(candidates, key=lambda candidate: _median_time(lambda: launch(candidate)))
+    return cast("Launch", _TUNED[key])
+
+
+def _median_time(call: Callable[[], None]) -> float:
+    return float(triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median"))

@@ -1,0 +1,36 @@
+"""How one launch ends in one program: the last to arrive adds up the others' partial sums, in the order of programs.
+
+Two levels, so that no program reads more than a few hundred partial sums by itself: the last of each group of programs
+adds up the group's, the last of these adds up the groups'. Which program that is varies; the order of the sums does
+not, so a device gives the same bits every time.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def arrived_last(ticket, count):
+    """Whether this program is the last of ``count`` to arrive here; what the others stored before is then visible.
+
+    The barrier makes all of this program's stores happen before its ticket: the atomic orders one thread's alone. The
+    last to arrive leaves the ticket at zero for the next launch, so that no launch has to clear it.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
+    tl.store(ticket, 0, mask=last)
+    return last
+
+
+@triton.jit
+def sum_of_partials(partials, first, count, offset, SIZE: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH] Σ over ``count`` ≤ STEP partial sums from number ``first`` on, of their elements from ``offset`` on.
+
+    Args:
+        partials: SIZE float64 a program, one after the other.
+    """
+    program = tl.arange(0, STEP)[:, None]
+    where = (first + program) * SIZE + offset + tl.arange(0, WIDTH)[None, :]
+    # Past the L1 cache, which other programs' stores do not update.
+    values = tl.load(partials + where, mask=program < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(values, axis=0)

@@ -1,0 +1,152 @@
+"""How the kernels are launched: warps, tiles and programs by number of losses, dtype and size, with the reasons.
+
+Plain numbers; nothing here is found by trying at a user's first step. ``FASTCONFIG_AUTOTUNE=1`` asks for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FEW = 8
+"""Up to here every pair of losses is summed in a thread's registers: 36 float64 sums are 72 registers. Above, the pairs
+outgrow them and the matrix units take over."""
+
+SOLVED = 64
+"""Up to here one program solves the m×m problem in its registers: 16 float64 numbers a thread and matrix."""
+
+BLOCK_ROWS = 16
+"""Rows of one operand of a matrix product of tiles, the least that the matrix units take."""
+
+VECTOR_BYTES = 16
+"""The widest load of a thread."""
+
+ONE_LAUNCH_BYTES = 128 << 10
+"""Up to this many bytes of gradients one program does everything: three losses on a network of 10,000 parameters.
+It reads at what one multiprocessor can, about 50 GB/s, so that more bytes are sooner read by all of them and a second
+launch. The figure is computed, not measured; ``bench/gpu.py`` times both sides of it."""
+
+
+REGISTERS = 65536
+"""32-bit registers of an NVIDIA multiprocessor, the same on every architecture since 2014."""
+
+
+def registers(warps: int, programs: int) -> int:
+    """At most how many registers a thread may have for ``programs`` of ``warps`` to run at once (NVIDIA).
+
+    Told to the compiler, which else spills a few to reach an occupancy that nobody asked for.
+    """
+    return min(255, REGISTERS // (32 * warps * programs) // 8 * 8)
+
+
+@dataclass(frozen=True)
+class Few:
+    """``config_of_few``: up to 8 losses."""
+
+    warps: int
+    unroll: int
+    programs: int
+    """At most how many a multiprocessor."""
+    group: int = 32
+    """Programs whose partial sums the first level of the reduction adds up; two levels hold its square."""
+
+
+@dataclass(frozen=True)
+class Many:
+    """``config_of_many``: from 9 losses on."""
+
+    left: int
+    right: int
+    """Blocks of 16 rows in a program; right = 0 where all of them are, see the kernel."""
+    depth: int
+    """Columns of a tile a warp."""
+    warps: int = 8
+    """Each warp sums for itself; eight hold the m×m problem of 64 losses in registers when the last program solves."""
+    programs: int = 1
+    group: int = 16
+
+    def strip_pairs(self, m: int) -> int:
+        """How many pairs of strips, each with programs of its own, the rows make."""
+        strips = -(-m // (BLOCK_ROWS * self.left))
+        return strips * (strips + 1) // 2
+
+    def partial_elements(self) -> int:
+        """Numbers of one program's partial sums."""
+        blocks = self.left * self.right if self.right else self.left * (self.left + 1) // 2
+        return blocks * BLOCK_ROWS * BLOCK_ROWS
+
+
+@dataclass(frozen=True)
+class Combination:
+    """``combination``, for any number of losses."""
+
+    programs: int
+    warps: int = 4
+
+
+def few(m: int) -> tuple[Few, ...]:
+    """Launches of the Gramian of up to 8 losses over many programs, the one to take first.
+
+    A multiprocessor needs about 32 KiB of loads under way to keep its share of the memory busy. A thread has m·unroll
+    loads of 16 bytes: with 896 threads (7 programs of 4 warps, 72 registers a thread) and m·unroll ≥ 3 that is 42 KiB.
+    From 5 losses on the sums need more registers, so fewer threads run, with as many bytes under way.
+    """
+    if m <= 4:
+        unroll = 2 if m <= 2 else 1
+        return (
+            Few(warps=4, unroll=unroll, programs=7),
+            Few(warps=4, unroll=2 * unroll, programs=5),
+            Few(warps=8, unroll=unroll, programs=3),
+        )
+    return Few(warps=4, unroll=1, programs=4 if m <= 6 else 3), Few(warps=8, unroll=1, programs=2 if m <= 6 else 1)
+
+
+def one(m: int) -> Few:
+    """The launch of the whole problem by one program: 8 warps, whose two tiles under way hide the latency."""
+    return Few(warps=8, unroll=2 if m <= 4 else 1, programs=1)
+
+
+def many(m: int, itemsize: int) -> tuple[Many, ...]:
+    """Launches of the Gramian of 9 and more losses, the one to take first.
+
+    Up to 48 losses a program forms all pairs of up to three blocks, 6 sums of 256 over 8 warps: 96 registers a thread.
+    Beyond, strips of two blocks a program, 4 sums. float64 rows take half the columns a warp: their tiles wait in
+    registers unconverted.
+    """
+    blocks = -(-m // BLOCK_ROWS)
+    if blocks == 1:
+        return (
+            Many(left=1, right=0, depth=16 if itemsize == 8 else 32, programs=2),
+            Many(left=1, right=0, depth=16, programs=2),
+        )
+    if blocks <= 3:
+        return (Many(left=blocks, right=0, depth=16),)
+    return (Many(left=2, right=2, depth=16),)
+
+
+def combination(m: int) -> tuple[Combination, ...]:
+    """Launches of the combination: bound by memory alone, so as many threads as their registers allow."""
+    if m > FEW:
+        return Combination(programs=6), Combination(warps=8, programs=3)
+    return Combination(programs=8), Combination(programs=12), Combination(warps=8, programs=4)
+
+
+def solve_warps(m: int) -> int:
+    """Warps of the program that solves a given Gramian: 16 elements a thread and matrix at 64 losses."""
+    return 8 if m > 16 else 4
+
+
+def programs(n: int, tile: int, most: int, group: int | None = None) -> int:
+    """How many programs: a tile each at least, no more than run at once, nor than two levels of groups add up."""
+    limit = most if group is None else min(most, group * group)
+    return max(1, min(-(-n // tile), limit))
+
+
+def scratch_elements(m: int) -> int:
+    """float64 numbers that the solve works in: three matrices and four vectors."""
+    padded = power_of_two(m)
+    return 3 * padded * padded + 4 * padded
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two from 2 on that holds ``count``."""
+    return max(2, 1 << (count - 1).bit_length())

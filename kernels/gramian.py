@@ -1,0 +1,250 @@
+"""The Gramian K = G Gᵀ of m rows of n elements, summed in float64: each program streams tiles of columns.
+
+Why float64 on every device: the product of two float32 or bfloat16 numbers needs their double exponent range, so a
+compensated float32 sum would first have to scale every row; and on devices whose float64 rate is half that of float32
+the sums hide behind the loads. Row norms are the diagonal, so no pass of their own is needed.
+
+Traffic: m·n elements read once; P·S float64 written and read again, P programs of S partial sums.
+"""
+
+import triton
+import triton.language as tl
+
+from . import geometry
+from .rows import columns_of, row_pointer, row_pointers, tile_columns, tile_pointers, widened
+
+BLOCK_ROWS = tl.constexpr(geometry.BLOCK_ROWS)
+
+
+@triton.jit
+def pair_products(
+    sums,
+    rows,
+    stride,
+    start,
+    n,
+    M: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the products of every pair of rows over one tile of columns to ``sums``, each a [THREADS] tensor.
+
+    Pairs are ordered (0, 0), (1, 0), (1, 1), (2, 0) ... A thread keeps one sum a pair, which its VECTOR columns join by
+    fused multiply-adds; all M loads are under way before the first product.
+    """
+    x = ()
+    for i in tl.static_range(M):
+        pointers = tile_pointers(row_pointer(rows, stride, i), start, THREADS, VECTOR, ALIGNED)
+        if MASKED:
+            tile = tl.load(pointers, mask=tile_columns(THREADS, VECTOR) < n - start, other=0.0)
+        else:
+            tile = tl.load(pointers)
+        x = x + (columns_of(tile, THREADS, VECTOR),)
+    added = ()
+    for i in tl.static_range(M):
+        for j in tl.static_range(i + 1):
+            total = sums[i * (i + 1) // 2 + j]
+            for v in tl.static_range(VECTOR):
+                total = tl.fma(widened(x[i][v]), widened(x[j][v]), total)
+            added = added + (total,)
+    return added
+
+
+@triton.jit
+def pair_sums(
+    rows,
+    stride,
+    n,
+    program,
+    programs,
+    M: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WARPS_THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """[PAIRS] this program's share of the pairs' sums, PAIRS the power of two that holds M(M + 1)/2.
+
+    Tiles are dealt out in turn, so the programs read neighbouring memory at any time. Only the last tile is masked: a
+    mask would break the others' 16-byte loads.
+    """
+    THREADS: tl.constexpr = WARPS_THREADS
+    TILE: tl.constexpr = THREADS * VECTOR
+    sums = ()
+    for _ in tl.static_range(M * (M + 1) // 2):
+        sums = sums + (tl.zeros([THREADS], tl.float64),)
+    size = tl.full([], TILE, tl.int64)
+    steps = (n // (TILE * UNROLL)).to(tl.int32)
+    for step in range(program, steps, programs):
+        for u in tl.static_range(UNROLL):
+            start = (step * UNROLL + u) * size
+            sums = pair_products(sums, rows, stride, start, n, M, THREADS, VECTOR, ALIGNED, False)
+    first = steps * UNROLL
+    tiles = ((n + TILE - 1) // TILE).to(tl.int32)
+    for tile in range(first + program, tiles, programs):
+        sums = pair_products(sums, rows, stride, tile * size, n, M, THREADS, VECTOR, ALIGNED, True)
+    for _ in tl.static_range(PAIRS - M * (M + 1) // 2):
+        sums = sums + (tl.zeros([THREADS], tl.float64),)
+    return tl.sum(side_by_side(sums, 0, PAIRS, THREADS), axis=0)
+
+
+@triton.jit
+def side_by_side(tensors, first: tl.constexpr, count: tl.constexpr, THREADS: tl.constexpr):
+    """[THREADS, count] of ``count`` tensors [THREADS], so that one reduction sums them all; count is a power of two."""
+    if count == 1:
+        return tensors[first].reshape([THREADS, 1])
+    else:
+        left = side_by_side(tensors, first, count // 2, THREADS)
+        right = side_by_side(tensors, first + count // 2, count // 2, THREADS)
+        return tl.join(left, right).trans(0, 2, 1).reshape([THREADS, count])
+
+
+@triton.jit
+def matrix_of_pairs(pairs, M: tl.constexpr, MP: tl.constexpr, PAIRS: tl.constexpr):
+    """[MP, MP] symmetric, of the sums of pairs in the order of ``pair_products``."""
+    r = tl.arange(0, MP)[:, None]
+    c = tl.arange(0, MP)[None, :]
+    high = tl.maximum(r, c)
+    index = tl.where(high < M, high * (high + 1) // 2 + tl.minimum(r, c), 0)
+    matrix = tl.gather(pairs, index.reshape([MP * MP]), 0).reshape([MP, MP])
+    return tl.where(high < M, matrix, 0.0)
+
+
+@triton.jit
+def block_pointers(rows, stride, block, M: tl.constexpr, DTYPE: tl.constexpr):
+    """[1, BLOCK_ROWS, 1] pointers to the first columns of a block of rows; those past the last row are not read."""
+    return row_pointers(rows, stride, block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), M, DTYPE)[None, :, None]
+
+
+@triton.jit
+def block_tile(
+    rows,
+    stride,
+    block,
+    start,
+    columns,
+    M: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """[WARPS, BLOCK_ROWS, DEPTH] of a block of rows: a run of DEPTH columns a warp, from ``start`` on.
+
+    ``columns`` is how many there are: all or none where WHOLE, which keeps the loads 16 bytes wide. The rest is zero.
+    """
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :, None]
+    column = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+    pointers = block_pointers(rows, stride, block, M, DTYPE) + start + column
+    if ALIGNED:
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 1, 16]), [1, 1, DEPTH])
+    if WHOLE:
+        last = tl.where(columns > 0, M, 0)
+        return tl.load(pointers, mask=row < last, other=0.0)
+    else:
+        return tl.load(pointers, mask=(row < M) & (column < columns), other=0.0)
+
+
+@triton.jit
+def block_tiles(
+    rows,
+    stride,
+    first,
+    start,
+    columns,
+    COUNT: tl.constexpr,
+    M: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A tuple of COUNT neighbouring blocks' tiles."""
+    tiles = ()
+    for b in tl.static_range(COUNT):
+        tile = block_tile(rows, stride, first + b, start, columns, M, DTYPE, WARPS, DEPTH, ALIGNED, WHOLE)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def block_sums(
+    rows,
+    stride,
+    n,
+    program,
+    programs,
+    left,
+    right,
+    M: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """This program's share of G Gᵀ over blocks of rows, as a tuple of [BLOCK_ROWS, BLOCK_ROWS], by matrix units.
+
+    LEFT blocks from number ``left`` on meet RIGHT blocks from ``right`` on, in the order (0, 0), (0, 1) ...; with
+    RIGHT == 0 they meet each other, each pair once: (0, 0), (1, 0), (1, 1), (2, 0) ...
+
+    Each warp multiplies its own run of columns (a batch of the product), so no two warps repeat work, and the next tile
+    is under way while one is multiplied. The masked rest of the columns is the tile before the first; that every tile
+    is carried around the loop also keeps Triton 3.6, which cannot feed a float64 product from 16-bit loads directly,
+    from seeing the load.
+    """
+    COLUMNS: tl.constexpr = WARPS * DEPTH
+    PAIRS: tl.constexpr = LEFT * (LEFT + 1) // 2 if RIGHT == 0 else LEFT * RIGHT
+    sums = ()
+    for _ in tl.static_range(PAIRS):
+        sums = sums + (tl.zeros([WARPS, BLOCK_ROWS, BLOCK_ROWS], tl.float64),)
+    size = tl.full([], COLUMNS, tl.int64)
+    whole = (n // COLUMNS).to(tl.int32)
+    start = whole * size
+    rest = tl.where(program == 0, n - start, 0)
+    x_next = block_tiles(rows, stride, left, start, rest, LEFT, M, DTYPE, WARPS, DEPTH, ALIGNED, False)
+    y_next = block_tiles(rows, stride, right, start, rest, RIGHT, M, DTYPE, WARPS, DEPTH, ALIGNED, False)
+    for tile in range(program, whole + programs, programs):
+        x = widened_all(x_next, LEFT)
+        y = widened_all(y_next, RIGHT)
+        start = tile * size
+        x_next = block_tiles(rows, stride, left, start, whole - tile, LEFT, M, DTYPE, WARPS, DEPTH, ALIGNED, True)
+        y_next = block_tiles(rows, stride, right, start, whole - tile, RIGHT, M, DTYPE, WARPS, DEPTH, ALIGNED, True)
+        added = ()
+        for a in tl.static_range(LEFT):
+            for b in tl.static_range(RIGHT if RIGHT else a + 1):
+                other = y[b] if RIGHT else x[b]
+                total = sums[a * RIGHT + b if RIGHT else a * (a + 1) // 2 + b]
+                added = added + (tl.dot(x[a], other.trans(0, 2, 1), total, out_dtype=tl.float64),)
+        sums = added
+    shares = ()
+    for p in tl.static_range(PAIRS):
+        shares = shares + (tl.sum(sums[p], axis=0),)
+    return shares
+
+
+@triton.jit
+def widened_all(tiles, COUNT: tl.constexpr):
+    """A tuple of tiles in float64."""
+    wide = ()
+    for b in tl.static_range(COUNT):
+        wide = wide + (widened(tiles[b]),)
+    return wide
+
+
+@triton.jit
+def store_block(gramian, block, left, right, M: tl.constexpr):
+    """Write a block of K, [BLOCK_ROWS, BLOCK_ROWS], and its mirror image; on the diagonal its lower triangle twice."""
+    r = tl.arange(0, BLOCK_ROWS)[:, None]
+    c = tl.arange(0, BLOCK_ROWS)[None, :]
+    i = left * BLOCK_ROWS + r
+    j = right * BLOCK_ROWS + c
+    inside = (i < M) & (j < M) & (i >= j)
+    tl.store(gramian + i * M + j, block, mask=inside)
+    tl.store(gramian + j * M + i, block, mask=inside)
