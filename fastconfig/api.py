@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastconfig import backends
 from fastconfig.combination import combine_rows
 from fastconfig.methods import DEFAULT_METHOD, Method
+from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_out, check_rows, complex_dtype_of
 
 
@@ -28,7 +28,7 @@ def combine(
         method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
         out: (n,) contiguous tensor of the rows' dtype and device to write to, apart from ``grads`` in memory
             and not requiring grad.
-        backend: "auto", "cpu" or "reference"; by default FASTCONFIG_BACKEND, or "auto".
+        backend: "auto", "cpu", "triton" or "reference"; by default FASTCONFIG_BACKEND, or "auto".
 
     Returns:
         (n,) tensor of the rows' dtype on their device; ``out`` where given. Not differentiable.
@@ -38,6 +38,11 @@ def combine(
         FloatingPointError: a gradient is not finite and the method raises on it. Nothing has been written.
         RuntimeError: the named backend cannot run here.
 
+    Inside ``torch.compile`` the gradients' part is one operator of the graph, and a method's ``weights`` is traced, so
+    it must branch on no tensor's value. Bad input raises while tracing, but an overlapping ``out`` and a gradient that
+    is not finite when the graph runs. A compiler that gives the operator other memory than an overlapping ``out``
+    makes that harmless, and then nothing is raised.
+
     Source: ConFIG, arXiv 2408.11104, eq. 2 to 4, for the default method.
 
     Example:
@@ -46,16 +51,20 @@ def combine(
         tensor([0.1588, 2.0706, 2.0706])
     """
     rows = check_rows(grads)
+    traced = is_traced(rows.matrix, rows.vectors, out)
     if out is not None:
-        target, result = check_out(out, grads, rows), out
+        target = check_out(out, grads, rows, traced)
     else:
-        target = result = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
-        if complex_dtype_of(grads) is not None:
-            result = torch.view_as_complex(target.view(-1, 2))
-    combine_rows(backends.select(rows.device, backend), rows, DEFAULT_METHOD if method is None else method, target)
-    if out is not None:
+        target = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
+    method = DEFAULT_METHOD if method is None else method
+    combine_rows(backend_for(rows.device, backend, traced), rows, method, target)
+    if out is None:
+        return target if complex_dtype_of(grads) is None else torch.view_as_complex(target.view(-1, 2))
+    if not traced:
         torch.autograd.graph.increment_version(out)  # as any in-place write: autograd may have saved the old content
-    return result
+    elif target is not out:
+        out.copy_(torch.view_as_complex(target.view(-1, 2)))
+    return out
 
 
 def gramian(grads: Tensor | Sequence[Tensor], *, backend: str | None = None) -> Tensor:
@@ -73,4 +82,4 @@ def gramian(grads: Tensor | Sequence[Tensor], *, backend: str | None = None) -> 
         RuntimeError: the named backend cannot run here.
     """
     rows = check_rows(grads)
-    return backends.select(rows.device, backend).gramian(rows)
+    return backend_for(rows.device, backend, is_traced(rows.matrix, rows.vectors)).gramian(rows)

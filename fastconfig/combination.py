@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastconfig import backends
 from fastconfig.backends import Backend
 from fastconfig.methods import ConFIG, Method
+from fastconfig.ops import backend_for, is_traced
 from fastconfig.rows import Rows
 from fastconfig.validation import check_method_weights
 
@@ -48,14 +48,18 @@ def combine_segments(segments: Sequence[tuple[Rows, Tensor]], method: Method, gr
     """
     if len(segments) == 1:
         rows, out = segments[0]
-        combine_rows(backends.select(rows.device), rows, method, out, gramian, weights)
+        combine_rows(_backend_of(rows, out), rows, method, out, gramian, weights)
         return
     gramian.zero_()
-    for rows, _ in segments:
-        gramian += backends.select(rows.device).gramian(rows).to(gramian.device)
+    for rows, out in segments:
+        gramian += _backend_of(rows, out).gramian(rows).to(gramian.device)
     weights.copy_(check_method_weights(_weights_of(method, gramian), gramian, method))
     for rows, out in segments:
-        backends.select(rows.device).apply(rows, weights.to(rows.device), out)
+        _backend_of(rows, out).apply(rows, weights.to(rows.device), out)
+
+
+def _backend_of(rows: Rows, out: Tensor) -> Backend:
+    return backend_for(rows.device, None, is_traced(rows.matrix, rows.vectors, out))
 
 
 def _weights_of(method: Method, gramian: Tensor) -> object:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastconfig.rows import Rows
 
@@ -40,10 +41,10 @@ def _rows_of_matrix(grads: Tensor) -> Rows:
             f"grads must have shape (m, n), one row a loss, got {tuple(grads.shape)}; "
             "flatten each loss's gradient to a vector and stack them"
         )
-    if grads.shape[0] == 0:
-        raise ValueError(f"grads must hold at least one row, got shape {tuple(grads.shape)}; pass one row a loss")
-    matrix = _plain(grads)
+    matrix = _plain(grads, is_dynamo_compiling())
     m, n = matrix.shape
+    if m == 0:
+        raise ValueError(f"grads must hold at least one row, got shape {tuple(grads.shape)}; pass one row a loss")
     if n > 1 and matrix.stride(1) != 1:
         matrix = matrix.contiguous()
     return Rows(m, n, matrix.dtype, matrix.device, matrix, ())
@@ -55,14 +56,16 @@ def _rows_of_vectors(grads: Sequence[Tensor]) -> Rows:
     first = grads[0]
     _check_row(first, first, 0)
     shape, dtype, device = first.shape, first.dtype, first.device
+    compiling = is_dynamo_compiling()
+    vectors = []
     for i, row in enumerate(grads):
         # What is like the checked first row needs no check of its own: this runs in front of calls of microseconds.
         alike = isinstance(row, Tensor) and row.layout is torch.strided and row.shape == shape
         if not (alike and row.dtype == dtype and row.device == device):
             _check_row(row, first, i)
-    vectors = tuple(_plain(row).contiguous() for row in grads)
+        vectors.append(_plain(row, compiling).contiguous())
     plain = vectors[0]
-    return Rows(len(vectors), plain.shape[0], plain.dtype, device, None, vectors)
+    return Rows(len(vectors), plain.shape[0], plain.dtype, device, None, tuple(vectors))
 
 
 def _check_row(row: Tensor, first: Tensor, index: int) -> None:
@@ -97,11 +100,12 @@ def _check_kind(tensor: Tensor, name: str) -> None:
     )
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(tensor: Tensor, compiling: bool) -> Tensor:
     """A checked tensor whose memory is what it shows: complex as its real view, no negation left for the reader."""
     if tensor.dtype in REAL_OF_COMPLEX:
         return torch.view_as_real(tensor.resolve_conj().resolve_neg().contiguous()).flatten(-2)
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
+    # Asking first is quicker, but a question that a compiler cannot trace.
+    return tensor.resolve_neg() if compiling or tensor.is_neg() else tensor
 
 
 def complex_dtype_of(grads: Tensor | Sequence[Tensor]) -> torch.dtype | None:
@@ -125,8 +129,12 @@ def check_method_weights(weights: object, gramian: Tensor, method: object) -> Te
     return weights.detach().to(gramian.device, torch.float64)
 
 
-def check_out(out: Tensor, grads: Tensor | Sequence[Tensor], rows: Rows) -> Tensor:
+def check_out(out: Tensor, grads: Tensor | Sequence[Tensor], rows: Rows, traced: bool = False) -> Tensor:
     """Validate ``out`` against the gradients it will combine, and return it as the real (n,) vector to write.
+
+    Where ``traced``, memory cannot be compared: the operator does it when it runs. For a complex ``out`` a new vector
+    is returned then, to be copied from, as functionalisation (torch 2.13) mistakes a real view of complex memory that
+    is written to for one of complex elements, and lets the operator write past its end.
 
     Raises:
         TypeError: not a dense tensor, or another dtype than the gradients'.
@@ -149,14 +157,17 @@ def check_out(out: Tensor, grads: Tensor | Sequence[Tensor], rows: Rows) -> Tens
         raise ValueError(f"out must have shape ({length},), got {tuple(out.shape)}; allocate it with that shape")
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}; pass a contiguous vector")
-    if out.is_conj() or out.is_neg():
+    if not traced and (out.is_conj() or out.is_neg()):
         raise ValueError("out must not be a lazily conjugated or negated view; allocate a tensor with torch.empty")
+    if traced:
+        return torch.empty(rows.n, dtype=rows.dtype, device=rows.device) if complex_dtype else out
     if complex_dtype:
         out = torch.view_as_real(out).flatten()
-    if any(_overlaps(out, tensor) for tensor in ((grads,) if isinstance(grads, Tensor) else grads)):
-        raise ValueError(
-            "out overlaps grads in memory, so the result would overwrite rows still to be read; pass another tensor"
-        )
+    for tensor in (grads,) if isinstance(grads, Tensor) else grads:
+        if _overlaps(out, tensor):
+            raise ValueError(
+                "out overlaps grads in memory, so the result would overwrite rows still to be read; pass another tensor"
+            )
     return out
 
 

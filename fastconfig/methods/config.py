@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastconfig import backends
 from fastconfig.backends.rules import LENGTH_NAMES, NONFINITE_NAMES, ConFIGRule, LengthModel, LengthName, NonFinite
+from fastconfig.ops import backend_for, is_traced
 
 
 class ConFIG:
@@ -77,7 +77,8 @@ class ConFIG:
         if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
             raise ValueError(f"gramian must have shape (m, m), got {tuple(gramian.shape)}")
         self._rule.check_losses(len(gramian))
-        return backends.select(gramian.device).config_weights(gramian.detach().to(torch.float64), self._rule)
+        backend = backend_for(gramian.device, None, is_traced(gramian))
+        return backend.config_weights(gramian.detach().to(torch.float64), self._rule)
 
     def __repr__(self) -> str:
         rule = self._rule
@@ -88,19 +89,28 @@ class ConFIG:
 def _check_direction(weights: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
     if weights is None:
         return None
-    try:
-        # float64 from the start: a list would pass through float32, where 0.1 is 0.10000000149.
-        vector = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
-    except (RuntimeError, TypeError, ValueError):  # ragged, text, or tensors that require grad
-        vector = torch.empty(())
-    if vector.dim() != 1 or vector.numel() == 0 or vector.is_complex() or vector.dtype == torch.bool:
+    values = _numbers_of(weights)
+    if not values:
         raise ValueError(f"weights must be a vector of real numbers, one a loss, got {weights!r}")
-    values = tuple(float(value) for value in vector.tolist())
     if not all(map(math.isfinite, values)):
         raise ValueError(f"weights must be finite, got {list(values)}; a loss is left out by weight 0")
     if not any(values):
         raise ValueError(f"weights must not all be zero, got {list(values)}: they would leave no direction")
     return values
+
+
+def _numbers_of(weights: Sequence[float] | Tensor) -> tuple[float, ...]:
+    """A vector of real numbers, as floats; empty where it is none."""
+    try:
+        if isinstance(weights, (list, tuple)) and all(type(value) in (float, int) for value in weights):
+            return tuple(float(value) for value in weights)  # a compiler can trace this, and nothing below
+        # float64 from the start: a list would pass through float32, where 0.1 is 0.10000000149.
+        vector = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # huge, ragged, text, or tensors that require grad
+        return ()
+    if vector.dim() != 1 or vector.is_complex() or vector.dtype == torch.bool:
+        return ()
+    return tuple(float(value) for value in vector.tolist())
 
 
 def _normalised(direction: tuple[float, ...] | None) -> tuple[float, ...] | None:
