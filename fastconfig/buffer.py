@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from fastconfig.combination import Combination, combine_segments
@@ -17,12 +19,16 @@ from fastconfig.rows import Rows
 from fastconfig.validation import FLOAT_DTYPES, REAL_OF_COMPLEX
 
 
+ROW_BYTES = 128
+"""Rows lie multiples of this apart, a GPU's cache line: unaligned ones cannot be read 16 bytes at a time."""
+
+
 class Segment:
     """A run of columns of one dtype on one device: the gradients of all parameters that share both.
 
     Attributes:
-        rows: (m, n_segment) contiguous; row i holds loss i's gradient. Complex parameters stand here as their real
-            view, two columns an element.
+        rows: (m, n_segment), contiguous rows a multiple of ``ROW_BYTES`` apart; row i holds loss i's gradient. Complex
+            parameters stand here as their real view, two columns an element.
         grad: (n_segment,) contiguous, the combined gradient.
         parameters: those whose gradients lie here, in column order, each in the order of its own memory.
     """
@@ -34,7 +40,8 @@ class Segment:
         self.dtype = REAL_OF_COMPLEX.get(first.dtype, first.dtype)
         n = sum(_columns(parameter) for parameter in parameters)
         with torch.inference_mode(False):  # autograd must be able to accumulate into the rows
-            self.rows = torch.zeros(num_losses, n, dtype=self.dtype, device=self.device)
+            padded = n + -n % (ROW_BYTES // self.dtype.itemsize)
+            self.rows = torch.zeros(num_losses, padded, dtype=self.dtype, device=self.device)[:, :n]
             self.grad = torch.zeros(n, dtype=self.dtype, device=self.device)
         self.description = Rows(num_losses, n, self.dtype, self.device, self.rows, ())
 
@@ -97,14 +104,17 @@ class GradientBuffer:
         self._num_losses = num_losses
         self._segments = tuple(Segment(group, num_losses) for group in groups.values())
         self._parameters = tuple(parameter for segment in self._segments for parameter in segment.parameters)
-        self._made_for = tuple(_record(parameter) for parameter in self._parameters)
+        self._made_for = tuple(_record(parameter, parameter.data_ptr()) for parameter in self._parameters)
         self._row_views: list[list[Tensor] | None] = [None] * num_losses
         self._grad_views = [view for segment in self._segments for view in segment.views(segment.grad)]
-        self._reached: list[set[Tensor]] = [set() for _ in range(num_losses)]
+        self._reached: list[set[int]] = [set() for _ in range(num_losses)]
         self._recording: int | None = None
         # Autograd itself says which parameters a backward pass reached; a view's content cannot (a gradient may be 0).
-        self._hit: set[Tensor] = set()
-        handles = [parameter.register_post_accumulate_grad_hook(self._hit.add) for parameter in self._parameters]
+        self._hit: set[int] = set()  # positions, as no compiler traces a set of tensors
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(_note, self._hit, i))
+            for i, parameter in enumerate(self._parameters)
+        ]
         weakref.finalize(self, _remove_hooks, handles)
 
     @property
@@ -240,10 +250,7 @@ class GradientBuffer:
         gramian, weights = kept[:m], kept[m]
         segments = [(segment.description, segment.grad) for segment in self._segments]
         combine_segments(segments, method, gramian, weights)
-        for segment in self._segments:
-            torch.autograd.graph.increment_version(segment.grad)
-        for parameter, view in zip(self._parameters, self._grad_views, strict=True):
-            parameter.grad = view.detach() if parameter in reached else None
+        self._hang_grad(reached)
         rtol = (method if isinstance(method, ConFIG) else DEFAULT_METHOD).rule.rtol
         return Combination(gramian, weights, rtol)
 
@@ -259,6 +266,18 @@ class GradientBuffer:
                 f"{len(self._segments)} segments ({kinds}): read buffer.segments[i].{name}"
             )
         return self._segments[0]
+
+    def _hang_grad(self, reached: set[int]) -> None:
+        """Make ``.grad`` of the reached parameters a view of the combined gradient, that of the others None."""
+        if is_dynamo_compiling():
+            # Views made in the graph: it cannot return older ones, inputs beside the memory that it overwrites.
+            views = [view for segment in self._segments for view in segment.views(segment.grad)]
+        else:
+            views = self._grad_views
+            for segment in self._segments:
+                torch.autograd.graph.increment_version(segment.grad)
+        for i, (parameter, view) in enumerate(zip(self._parameters, views, strict=True)):
+            parameter.grad = view.detach() if i in reached else None
 
     def _open_row(self, loss: int) -> list[Tensor]:
         """Zero the row and hang its views where autograd will accumulate."""
@@ -276,10 +295,10 @@ class GradientBuffer:
     def _collect_row(self, loss: int, views: list[Tensor]) -> None:
         """Note which parameters were reached; bring home a gradient that was put elsewhere than in its view."""
         reached = set(self._hit)
-        for parameter, view in zip(self._parameters, views, strict=True):
+        for i, (parameter, view) in enumerate(zip(self._parameters, views, strict=True)):
             if parameter.grad is None:  # discarded inside the block, by zero_grad for instance
                 view.zero_()
-                reached.discard(parameter)
+                reached.discard(i)
             elif parameter.grad.data_ptr() != view.data_ptr() or parameter.grad.stride() != view.stride():
                 view.copy_(parameter.grad.detach())
         self._reached[loss] = reached
@@ -297,8 +316,9 @@ class GradientBuffer:
             )
 
     def _check_parameters(self) -> None:
+        compiling = is_dynamo_compiling()  # then no address can be read; what filled the rows did read them
         for i, (parameter, made_for) in enumerate(zip(self._parameters, self._made_for, strict=True)):
-            if _record(parameter) != made_for:
+            if _record(parameter, made_for.address if compiling else parameter.data_ptr()) != made_for:
                 raise RuntimeError(
                     f"parameter {i} of the buffer, shape {tuple(made_for.shape)}, had its storage replaced after the "
                     f"buffer was made (it was {made_for.dtype} on {made_for.device}, it is {parameter.dtype} on "
@@ -307,13 +327,17 @@ class GradientBuffer:
                 )
 
 
+def _note(hit: set[int], index: int, _: Tensor) -> None:
+    hit.add(index)
+
+
 def _remove_hooks(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 
 
-def _record(parameter: Tensor) -> _Recorded:
-    return _Recorded(parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape)
+def _record(parameter: Tensor, address: int) -> _Recorded:
+    return _Recorded(address, parameter.dtype, parameter.device, parameter.shape)
 
 
 def _trained(parameters: Iterable[Tensor]) -> list[Tensor]:

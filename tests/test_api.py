@@ -306,7 +306,7 @@ def test_backend_by_name():
     for name in (None, "auto", "reference"):
         combined = fc.combine(PUBLISHED, backend=name)
         torch.testing.assert_close(combined, torch.tensor([0.1588, 2.0706, 2.0706]), rtol=0.0, atol=1e-4)
-    with pytest.raises(ValueError, match="auto, reference or cpu, got 'gpu'"):
+    with pytest.raises(ValueError, match="one of auto, reference, cpu, triton, got 'gpu'"):
         fc.gramian(PUBLISHED, backend="gpu")
 
 
