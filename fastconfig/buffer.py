@@ -18,7 +18,6 @@ from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
 from fastconfig.rows import Rows
 from fastconfig.validation import FLOAT_DTYPES, REAL_OF_COMPLEX
 
-
 ROW_BYTES = 128
 """Rows lie multiples of this apart, a GPU's cache line: unaligned ones cannot be read 16 bytes at a time."""
 

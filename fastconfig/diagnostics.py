@@ -11,10 +11,10 @@ from typing import TextIO
 import torch
 
 from fastconfig import backends
-from fastconfig.backends import cpu
+from fastconfig.backends import cpu, triton
 from fastconfig.version import __version__
 
-_FORCING = ("FASTCONFIG_BACKEND", "FASTCONFIG_ISA")
+_FORCING = ("FASTCONFIG_BACKEND", "FASTCONFIG_ISA", "FASTCONFIG_AUTOTUNE", "TRITON_INTERPRET")
 
 
 def collect_config() -> dict[str, str]:
@@ -47,8 +47,21 @@ def _state_of_backend(name: str) -> str:
     reason = backends.BACKENDS[name].available()
     if reason is not None:
         return f"missing: {reason}"
+    if name == "triton":
+        return _state_of_devices()
     device = backends.DEVICE_TYPES.get(name)
     return f"ready, drives {device} tensors" if device else "ready, drives every device that has no other backend"
+
+
+def _state_of_devices() -> str:
+    """Which devices the kernels drive, and why not the others."""
+    if triton.INTERPRETED:
+        return "ready, interpreted in Python on tensors of any device: for tests alone (TRITON_INTERPRET=1)"
+    states = []
+    for index in range(torch.cuda.device_count()):
+        reason = triton.drives(torch.device("cuda", index))
+        states.append(f"cuda:{index} {torch.cuda.get_device_name(index)}" + (f" not: {reason}" if reason else ""))
+    return f"ready, drives {', '.join(states)}"
 
 
 def _state_of_tiers() -> str:

@@ -6,6 +6,7 @@ Plain numbers; nothing here is found by trying at a user's first step. ``FASTCON
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 FEW = 8
 """Up to here every pair of losses is summed in a thread's registers: 36 float64 sums are 72 registers. Above, the pairs
@@ -30,6 +31,7 @@ REGISTERS = 65536
 """32-bit registers of an NVIDIA multiprocessor, the same on every architecture since 2014."""
 
 
+@cache
 def registers(warps: int, programs: int) -> int:
     """At most how many registers a thread may have for ``programs`` of ``warps`` to run at once (NVIDIA).
 
@@ -83,6 +85,7 @@ class Combination:
     warps: int = 4
 
 
+@cache
 def few(m: int) -> tuple[Few, ...]:
     """Launches of the Gramian of up to 8 losses over many programs, the one to take first.
 
@@ -100,11 +103,13 @@ def few(m: int) -> tuple[Few, ...]:
     return Few(warps=4, unroll=1, programs=4 if m <= 6 else 3), Few(warps=8, unroll=1, programs=2 if m <= 6 else 1)
 
 
+@cache
 def one(m: int) -> Few:
     """The launch of the whole problem by one program: 8 warps, whose two tiles under way hide the latency."""
     return Few(warps=8, unroll=2 if m <= 4 else 1, programs=1)
 
 
+@cache
 def many(m: int, itemsize: int) -> tuple[Many, ...]:
     """Launches of the Gramian of 9 and more losses, the one to take first.
 
@@ -123,11 +128,17 @@ def many(m: int, itemsize: int) -> tuple[Many, ...]:
     return (Many(left=2, right=2, depth=16),)
 
 
+@cache
 def combination(m: int) -> tuple[Combination, ...]:
     """Launches of the combination: bound by memory alone, so as many threads as their registers allow."""
     if m > FEW:
         return Combination(programs=6), Combination(warps=8, programs=3)
     return Combination(programs=8), Combination(programs=12), Combination(warps=8, programs=4)
+
+
+def pairs(m: int) -> int:
+    """The power of two that holds the pairs of m rows, a row with itself included."""
+    return power_of_two(m * (m + 1) // 2)
 
 
 def solve_warps(m: int) -> int:
@@ -141,12 +152,14 @@ def programs(n: int, tile: int, most: int, group: int | None = None) -> int:
     return max(1, min(-(-n // tile), limit))
 
 
+@cache
 def scratch_elements(m: int) -> int:
     """float64 numbers that the solve works in: three matrices and four vectors."""
     padded = power_of_two(m)
     return 3 * padded * padded + 4 * padded
 
 
+@cache
 def power_of_two(count: int) -> int:
     """The least power of two from 2 on that holds ``count``."""
     return max(2, 1 << (count - 1).bit_length())

@@ -61,7 +61,7 @@ def pair_sums(
     programs,
     M: tl.constexpr,
     PAIRS: tl.constexpr,
-    WARPS_THREADS: tl.constexpr,
+    THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -71,7 +71,6 @@ def pair_sums(
     Tiles are dealt out in turn, so the programs read neighbouring memory at any time. Only the last tile is masked: a
     mask would break the others' 16-byte loads.
     """
-    THREADS: tl.constexpr = WARPS_THREADS
     TILE: tl.constexpr = THREADS * VECTOR
     sums = ()
     for _ in tl.static_range(M * (M + 1) // 2):

@@ -216,9 +216,7 @@ def config_of_many(
         left = tl.where(pair >= strip * (strip + 1) // 2, strip, left)
     right = pair - left * (left + 1) // 2
     left, right = left * LEFT, right * LEFT
-    shares = block_sums(
-        rows, stride, n, program, programs, left, right, M, LEFT, RIGHT, DTYPE, WARPS, DEPTH, ALIGNED
-    )  # fmt: skip
+    shares = block_sums(rows, stride, n, program, programs, left, right, M, LEFT, RIGHT, DTYPE, WARPS, DEPTH, ALIGNED)
 
     groups = tl.cdiv(programs, GROUP)
     own = partials + pair.to(tl.int64) * (programs + groups) * SIZE
@@ -267,9 +265,7 @@ def combination(
     """
     if stride is not None:
         stride = tl.cast(stride, tl.int64)  # as above
-    combine_tiles(
-        rows, stride, n, weights, out, tl.program_id(0), tl.num_programs(0), M, THREADS, VECTOR, ALIGNED
-    )  # fmt: skip
+    combine_tiles(rows, stride, n, weights, out, tl.program_id(0), tl.num_programs(0), M, THREADS, VECTOR, ALIGNED)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -9,7 +9,7 @@ import torch
 
 import fastconfig as fc
 from fastconfig import diagnostics
-from fastconfig.backends import cpu
+from fastconfig.backends import cpu, triton
 
 
 def shown() -> dict[str, str]:
@@ -35,6 +35,28 @@ def test_a_missing_core_is_named_with_its_reason(monkeypatch):
     assert config["ISA tier"].startswith("none")
 
 
+def test_the_state_of_the_kernels_is_shown_device_by_device(monkeypatch):
+    names = {0: "New GPU", 1: "Old GPU"}
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[torch.device("cuda", device).index])
+    monkeypatch.setattr(triton, "drives", lambda device: "it is too old" if device.index else None)
+    shown_state = diagnostics.collect_config()["backend triton"]
+    assert shown_state == "ready, drives cuda:0 New GPU, cuda:1 Old GPU not: it is too old"
+    monkeypatch.setattr(triton, "_IMPORT_ERROR", "No module named 'triton'")
+    assert "missing: Triton could not be imported" in diagnostics.collect_config()["backend triton"]
+    assert "pip install 'triton>=3.6'" in diagnostics.collect_config()["backend triton"]
+
+
+def test_without_a_device_the_kernels_are_missing():
+    code = "import fastconfig as fc; fc.show_config()"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "missing: PyTorch sees no CUDA or ROCm device" in done.stdout
+
+
 def test_it_prints_to_standard_output(capsys):
     fc.show_config()
     assert fc.__version__ in capsys.readouterr().out
@@ -53,6 +75,22 @@ def test_a_source_tree_without_the_core_falls_back_to_the_reference():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "0.1588" in done.stdout
     assert "cannot run" in done.stdout
+
+
+def test_without_triton_everything_else_works():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastconfig as fc\n"
+        "from fastconfig import backends\n"
+        "fc.show_config()\n"
+        "print(fc.combine(torch.tensor([[-4.0, 1, 1], [6, 1, 1]])).tolist())\n"
+        "assert backends.select(torch.device('cuda', 0)).__name__.endswith('reference')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "missing: Triton could not be imported" in done.stdout
+    assert "0.1588" in done.stdout
+    assert "slow reference on cuda:0: Triton could not be imported" in done.stderr
+    assert "pip install 'triton>=3.6'" in done.stderr
 
 
 def test_the_environment_is_shown():

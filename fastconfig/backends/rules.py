@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -25,6 +26,14 @@ class ConFIGRule:
     length: str | int | LengthModel
     rtol: float
     nonfinite: str
+
+    def __hash__(self) -> int:
+        """Computed once: every combination looks something up by its rule."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.direction, self.length, self.rtol, self.nonfinite))
 
     def direction_tensor(self, gramian: Tensor) -> Tensor:
         """ŵ as an (m,) float64 tensor beside the Gramian."""

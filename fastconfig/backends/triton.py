@@ -6,14 +6,13 @@ for a small problem one; more losses are solved by torch.linalg.eigh on the devi
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple, TypeVar, cast
+from functools import lru_cache, wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -75,25 +74,49 @@ def drives(device: torch.device) -> str | None:
     return None
 
 
+Returned = TypeVar("Returned")
+Arguments = ParamSpec("Arguments")
+Placed = TypeVar("Placed", Rows, Tensor)
+
+
+def _on_its_device(
+    function: Callable[Concatenate[Placed, Arguments], Returned],
+) -> Callable[Concatenate[Placed, Arguments], Returned]:
+    """The function with the device of its first argument made the current one, which is where Triton launches."""
+
+    @wraps(function)
+    def call(operand: Placed, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        device = operand.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(operand, *args, **kwargs)
+        with torch.cuda.device(device):
+            return function(operand, *args, **kwargs)
+
+    return call
+
+
+@_on_its_device
 def gramian(rows: Rows) -> Tensor:
     """As reference.gramian, in one launch; one more writes the addresses of more than 8 separate vectors."""
     if not _has_kernel(rows):
         return reference.gramian(rows)
     result = torch.empty(rows.m, rows.m, dtype=torch.float64, device=rows.device)
-    with _on(rows.device) as workspace:
-        _launch_gramian(_operand(rows, workspace), workspace, result, None, None)
+    workspace = _workspace(rows.device)
+    with workspace.lock:
+        _launch_gramian(_operand(rows, workspace, None), workspace, result, None, None)
     return result
 
 
+@_on_its_device
 def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
     """As reference.apply, in one launch; as in gramian with many separate vectors. Each output is written once."""
-    if rows.n == 0:
-        return
     weights = weights.to(torch.float64).contiguous()
-    with _on(rows.device) as workspace:
+    workspace = _workspace(rows.device)
+    with workspace.lock:
         _launch_combination(_operand(rows, workspace, out), workspace, weights, out)
 
 
+@_on_its_device
 def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     """As reference.config_weights, in one launch; a callable length model, or over 64 losses, run there."""
     m = len(gramian)
@@ -102,11 +125,13 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     if rule.nonfinite == "raise":
         reference.raise_if_nonfinite(gramian)
     weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
-    with _on(gramian.device) as workspace:
+    workspace = _workspace(gramian.device)
+    with workspace.lock:
         _launch_solve(workspace, gramian.contiguous(), weights, rule)
     return weights
 
 
+@_on_its_device
 def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
@@ -114,8 +139,9 @@ def config_combine(
     if rows.m > geometry.SOLVED or rule.nonfinite == "raise" or not _has_kernel(rows):
         _config_combine_in_steps(rows, rule, out, gramian_out, weights_out)
         return
-    with _on(rows.device) as workspace:
-        workspace.reserve(rows.m)
+    workspace = _workspace(rows.device)
+    with workspace.lock:
+        workspace.reserve_square(rows.m)
         operand = _operand(rows, workspace, out)
         k = workspace.gramian if gramian_out is None else gramian_out
         c = workspace.weights if weights_out is None else weights_out
@@ -168,15 +194,10 @@ class Operand(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def vector(self) -> int:
-        """Elements of a thread's widest load."""
-        return int(geometry.VECTOR_BYTES) // self.dtype.itemsize
-
-    @property
-    def is_small(self) -> bool:
-        """Whether one program is the quickest to do it all."""
-        return bool(self.m <= geometry.FEW and self.m * self.n * self.dtype.itemsize <= geometry.ONE_LAUNCH_BYTES)
+    vector: int
+    """Elements of a thread's widest load."""
+    is_small: bool
+    """Whether one program is the quickest to do it all."""
 
 
 @dataclass
@@ -195,17 +216,23 @@ class Workspace:
         self.tickets = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.addresses = torch.empty(0, dtype=torch.int64, device=self.device)
         self.gramian = self.weights = self.scratch = self.partials
+        self._m = self._partials = self._tickets = 0  # what there is room for; asking a tensor takes longer
 
-    def reserve(self, m: int, partials: int = 0, tickets: int = 0) -> None:
-        """Make room; what is large enough stays, so a steady state allocates nothing."""
-        if len(self.weights) < m:
+    def reserve_square(self, m: int) -> None:
+        """Make room for the m×m problem; as in ``reserve_sums``, a steady state allocates nothing."""
+        if m > self._m:
+            self._m = m
             self.gramian = self.partials.new_empty(m * m)
             self.weights = self.partials.new_empty(m)
-        if len(self.scratch) < geometry.scratch_elements(m):
             self.scratch = self.partials.new_empty(geometry.scratch_elements(m))
-        if len(self.partials) < partials:
+
+    def reserve_sums(self, partials: int, tickets: int) -> None:
+        """Make room for partial sums and tickets."""
+        if partials > self._partials:
+            self._partials = partials
             self.partials = self.partials.new_empty(partials)
-        if len(self.tickets) < tickets:
+        if tickets > self._tickets:
+            self._tickets = tickets
             self.tickets = self.tickets.new_zeros(tickets)  # zeros once: every launch leaves them so
 
     def table_for(self, vectors: tuple[Tensor, ...]) -> Tensor:
@@ -222,31 +249,19 @@ _WORKSPACES: dict[tuple[torch.device, int], Workspace] = {}
 _WORKSPACES_LOCK = threading.Lock()
 
 
-@contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[Workspace]:
-    """The device made current; the workspace of its current stream, held until the launches are queued."""
-    if device.type != "cuda":
-        with _workspace(device, 0) as workspace:
-            yield workspace
-        return
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
+def _workspace(device: torch.device) -> Workspace:
+    """The workspace of the current stream of a device, which is the current one."""
+    stream = 0
+    if device.type == "cuda":
         # A graph keeps the memory that it was captured with, and may be replayed beside anything: it gets its own.
         if torch.cuda.is_current_stream_capturing():
-            yield Workspace(device)
-            return
-        with _workspace(device, torch.cuda.current_stream().cuda_stream) as workspace:
-            yield workspace
-
-
-@contextlib.contextmanager
-def _workspace(device: torch.device, stream: int) -> Iterator[Workspace]:
+            return Workspace(device)
+        stream = torch.cuda.current_stream(device).cuda_stream
     workspace = _WORKSPACES.get((device, stream))
     if workspace is None:
         with _WORKSPACES_LOCK:
             workspace = _WORKSPACES.setdefault((device, stream), Workspace(device))
-    with workspace.lock:
-        yield workspace
+    return workspace
 
 
 @lru_cache(maxsize=256)
@@ -272,21 +287,23 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
-def _operand(rows: Rows, workspace: Workspace, out: Tensor | None = None) -> Operand:
+def _operand(rows: Rows, workspace: Workspace, out: Tensor | None) -> Operand:
     """Rows as the kernels take them, on the workspace's device."""
-    matrix, vectors = rows.matrix, rows.vectors
+    m, n, dtype, device, matrix, vectors = rows
+    itemsize = dtype.itemsize
+    starts = 0 if out is None else out.data_ptr()  # of several numbers, a bit is set where it is set in any of them
     pointer: Tensor | tuple[Tensor, ...]
     stride: int | None
     if matrix is not None:
-        pointer, stride = matrix, matrix.stride(0) if rows.m > 1 else 0
-        starts = [matrix.data_ptr(), stride * rows.dtype.itemsize]
+        pointer, stride = matrix, matrix.stride(0) if m > 1 else 0
+        starts |= matrix.data_ptr() | stride * itemsize
     else:
-        pointer, stride = (vectors, None) if rows.m <= geometry.FEW else (workspace.table_for(vectors), 0)
-        starts = [vector.data_ptr() for vector in vectors]
-    if out is not None:
-        starts.append(out.data_ptr())
-    aligned = all(start % geometry.VECTOR_BYTES == 0 for start in starts)
-    return Operand(pointer, stride, aligned, rows.m, rows.n, rows.dtype, rows.device)
+        pointer, stride = (vectors, None) if m <= geometry.FEW else (workspace.table_for(vectors), 0)
+        for vector in vectors:
+            starts |= vector.data_ptr()
+    widest = geometry.VECTOR_BYTES
+    small = m <= geometry.FEW and m * n * itemsize <= geometry.ONE_LAUNCH_BYTES
+    return Operand(pointer, stride, starts % widest == 0, m, n, dtype, device, widest // itemsize, small)
 
 
 def _launch_gramian(
@@ -321,27 +338,38 @@ def _launch_few(
     rule: ConFIGRule | None,
     out: Tensor | None,
 ) -> None:
-    pairs = geometry.power_of_two(operand.m * (operand.m + 1) // 2)
-    groups = -(-programs // launch.group)
-    workspace.reserve(operand.m, (programs + groups) * pairs, 1 + groups)
+    workspace.reserve_square(operand.m)
+    partials = tickets = None
+    if programs > 1:
+        groups = -(-programs // launch.group)
+        workspace.reserve_sums((programs + groups) * geometry.pairs(operand.m), 1 + groups)
+        partials, tickets = workspace.partials, workspace.tickets
     launched.config_of_few[(programs,)](
         operand.pointer,
         operand.stride,
         operand.n,
-        partials=None if programs == 1 else workspace.partials,
-        tickets=None if programs == 1 else workspace.tickets,
+        partials=partials,
+        tickets=tickets,
         gramian=k,
         weights=c,
         out=out,
-        **_rule_arguments(rule, operand.m, workspace),
-        PAIRS=pairs,
-        THREADS=launch.warps * _describe(operand.device).lanes,
-        VECTOR=operand.vector,
-        UNROLL=launch.unroll,
+        scratch=workspace.scratch,
         ALIGNED=operand.aligned,
-        GROUP=launch.group,
-        **_options(workspace.device, launch.warps, launch.programs),
+        **_rule_arguments(rule, operand.m, operand.device),
+        **_few_arguments(launch, operand.m, operand.vector, operand.device),
     )
+
+
+@lru_cache(maxsize=256)
+def _few_arguments(launch: geometry.Few, m: int, vector: int, device: torch.device) -> dict[str, object]:
+    return {
+        "PAIRS": geometry.pairs(m),
+        "THREADS": launch.warps * _describe(device).lanes,
+        "VECTOR": vector,
+        "UNROLL": launch.unroll,
+        "GROUP": launch.group,
+        **_options(device, launch.warps, launch.programs),
+    }
 
 
 def _launch_many(
@@ -356,10 +384,9 @@ def _launch_many(
     most = max(1, launch.programs * _describe(operand.device).multiprocessors // strip_pairs)
     programs = geometry.programs(operand.n, launch.warps * launch.depth, most, launch.group)
     groups = -(-programs // launch.group)
-    workspace.reserve(
-        operand.m,
-        strip_pairs * (programs + groups) * launch.partial_elements(),
-        1 + strip_pairs * (1 + groups),
+    workspace.reserve_square(operand.m)
+    workspace.reserve_sums(
+        strip_pairs * (programs + groups) * launch.partial_elements(), 1 + strip_pairs * (1 + groups)
     )
     launched.config_of_many[(programs * strip_pairs,)](
         operand.pointer,
@@ -369,7 +396,8 @@ def _launch_many(
         tickets=workspace.tickets,
         gramian=k,
         weights=c,
-        **_rule_arguments(rule, operand.m, workspace),
+        scratch=workspace.scratch,
+        **_rule_arguments(rule, operand.m, operand.device),
         DTYPE=_DTYPES[operand.dtype],
         LEFT=launch.left,
         RIGHT=launch.right,
@@ -383,11 +411,12 @@ def _launch_many(
 
 def _launch_solve(workspace: Workspace, gramian: Tensor, weights: Tensor, rule: ConFIGRule) -> None:
     m = len(gramian)
-    workspace.reserve(m)
+    workspace.reserve_square(m)
     launched.config_of_gramian[(1,)](
         gramian,
         weights,
-        **_rule_arguments(rule, m, workspace),
+        scratch=workspace.scratch,
+        **_rule_arguments(rule, m, workspace.device),
         **_options(workspace.device, geometry.solve_warps(m), 1),
     )
 
@@ -413,30 +442,28 @@ def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor,
     launch_combination(_tuned(geometry.combination(operand.m), operand, launch_combination))
 
 
-def _rule_arguments(rule: ConFIGRule | None, m: int, workspace: Workspace) -> dict[str, object]:
-    """The arguments that say which rule the last program applies; without a rule, unused values."""
+@lru_cache(maxsize=256)
+def _rule_arguments(rule: ConFIGRule | None, m: int, device: torch.device) -> dict[str, object]:
+    """The arguments that say which rule the last program applies; without a rule, unused values.
+
+    Direction weights are copied to the device here, once, at the first combination with them.
+    """
     arguments: dict[str, object] = {"M": m, "MP": geometry.power_of_two(m), "DROP": False, "LENGTH": 0}
     if rule is None:
-        return {**arguments, "direction": None, "tracked": 0, "rtol": 0.0, "scratch": None}
+        return {**arguments, "direction": None, "tracked": 0, "rtol": 0.0}
     if isinstance(rule.length, int):
         length, tracked = len(LENGTH_NAMES), rule.length % m
     else:
         length, tracked = LENGTH_NAMES.index(str(rule.length)), 0
+    direction = None if rule.direction is None else torch.tensor(rule.direction, dtype=torch.float64, device=device)
     return {
         **arguments,
-        "direction": None if rule.direction is None else _on_device(rule.direction, workspace.device),
+        "direction": direction,
         "tracked": tracked,
         "rtol": rule.rtol,
-        "scratch": workspace.scratch,
         "LENGTH": length,
         "DROP": rule.nonfinite == "drop",
     }
-
-
-@lru_cache(maxsize=256)
-def _on_device(direction: tuple[float, ...], device: torch.device) -> Tensor:
-    """Direction weights on a device, copied there once, at the first combination with them."""
-    return torch.tensor(direction, dtype=torch.float64, device=device)
 
 
 Launch = TypeVar("Launch")
