@@ -72,8 +72,8 @@ def invert_if_regular(unit, inverse, size, rtol, M: tl.constexpr, MP: tl.constex
         pivot = tl.sum(tl.where(i == p, row, 0.0))
         regular = regular & (pivot > smallest_pivot)
         row = tl.where(i == p, 1.0, row) * (1.0 / tl.where(pivot > smallest_pivot, pivot, 1.0))
-        values = tl.where(c == p, 0.0, values)
-        values = tl.where(r == p, 0.0, values) - tl.where(r == p, -1.0, column[:, None]) * row[None, :]
+        column = tl.where(i == p, -1.0, column)
+        values = tl.where((r == p) | (c == p), 0.0, values) - column[:, None] * row[None, :]
     tl.store(inverse + cells(MP), values)
     tl.debug_barrier()
     trace = tl.sum(tl.load(inverse + i * MP + i)) - (MP - size)
@@ -243,18 +243,13 @@ def write_config_weights(
     inverse_norms = work + MP
 
     i = tl.arange(0, MP)
-    squares = tl.load(gramian + i * M + i, mask=i < M, other=0.0)
-    finite = (squares == squares) & (squares < float("inf"))
-    active = finite & (squares > 0.0)
+    _, active, norms = active_rows(gramian, M, MP)
     size = tl.sum(active.to(tl.float64))
-    norms = tl.sqrt(tl.where(active, squares, 0.0))
-    inverse = tl.where(active, 1.0 / tl.where(active, norms, 1.0), 0.0)
     preference = tl.full([MP], 1.0, tl.float64)
     if direction is not None:
         preference = tl.load(direction + i, mask=i < M, other=0.0)
-    preference = tl.where(active, preference, 0.0)
-    tl.store(inverse_norms + i, inverse)
-    tl.store(wanted + i, preference)
+    tl.store(wanted + i, tl.where(active, preference, 0.0))
+    tl.store(inverse_norms + i, tl.where(active, 1.0 / tl.where(active, norms, 1.0), 0.0))
     tl.debug_barrier()
 
     store_unit_gramian(gramian, inverse_norms, unit, M, MP)
@@ -264,6 +259,9 @@ def write_config_weights(
     else:
         largest = solve_truncated(unit, matrix, vectors, wanted, work, solution, rtol, MP)
 
+    # Read again what was known before: kept in registers all along, it would spill.
+    finite, active, norms = active_rows(gramian, M, MP)
+    preference = tl.load(wanted + i)
     found = tl.load(solution + i)
     square = tl.sum(found * preference)
     opposed = square * largest <= rtol * tl.sum(preference * preference)
@@ -277,8 +275,19 @@ def write_config_weights(
         length = tl.sum(norms * cosines)
     else:
         length = tracked_norm(norms, active, size, tracked, LENGTH, MP) * tl.sum(cosines)
-    coefficients = tl.where(along == 0.0, 0.0, along * inverse * length)  # an opposed pair's zero stays zero
+    # An opposed pair's zero stays zero, whatever the length.
+    coefficients = tl.where(along == 0.0, 0.0, along * tl.load(inverse_norms + i) * length)
     if not DROP:
         broken = tl.sum(tl.where(finite, 0, 1)) > 0
         coefficients = tl.where(broken, float("nan"), coefficients)
     tl.store(weights + i, coefficients, mask=i < M)
+
+
+@triton.jit
+def active_rows(gramian, M: tl.constexpr, MP: tl.constexpr):
+    """[MP] each: which rows are finite, which are active (finite and not zero), and the norms of these."""
+    i = tl.arange(0, MP)
+    squares = tl.load(gramian + i * M + i, mask=i < M, other=0.0)
+    finite = (squares == squares) & (squares < float("inf"))
+    active = finite & (squares > 0.0)
+    return finite, active, tl.sqrt(tl.where(active, squares, 0.0))
