@@ -1,4 +1,4 @@
-"""GradientBuffer: one contiguous block of rows that autograd writes and the kernels read, so nothing is copied."""
+"""GradientBuffer: one contiguous block of rows where gradients land and the kernels read, so nothing is stacked."""
 
 from __future__ import annotations
 
@@ -63,11 +63,50 @@ class _Recorded(NamedTuple):
     shape: torch.Size
 
 
+class _Landing:
+    """Where gradients go while a row is recorded, and which parameters they were of.
+
+    Autograd hands a parameter's first gradient over as it computed it, and one copy takes it home: read and written
+    once. Accumulating into a zeroed row would write it twice and read it twice. Further gradients are accumulated
+    there. (Measured in bench/landing.py.)
+    """
+
+    def __init__(self) -> None:
+        # Autograd itself says which parameters a backward pass reached; a view's content cannot (a gradient may be 0).
+        self.reached: set[int] = set()  # positions, as no compiler traces a set of tensors
+        self._views: list[Tensor] | None = None
+
+    def open(self, views: list[Tensor]) -> None:
+        """Let gradients land in these views, one a parameter."""
+        self.reached.clear()
+        self._views = views
+
+    def close(self) -> None:
+        """Leave gradients where autograd puts them."""
+        self._views = None
+
+    def land(self, index: int, parameter: Tensor) -> None:
+        """Bring home the gradient that autograd has just accumulated: a hook of the parameter."""
+        self.reached.add(index)
+        grad = parameter.grad
+        if self._views is None or grad is None:
+            return
+        view = self._views[index]
+        if grad.layout is torch.strided and grad.data_ptr() == view.data_ptr():
+            return  # accumulated into the row itself, by a second backward pass
+        if grad.layout is torch.strided:
+            view.copy_(grad.detach())
+        else:
+            view.zero_().add_(grad.detach())
+        parameter.grad = view.detach()  # an alias: `p.grad.data = …` then repoints that, not the buffer's own view
+
+
 class GradientBuffer:
     """The gradients of m losses over the same parameters, each in its row of one contiguous block.
 
-    Autograd accumulates each loss's gradient straight into its row, the kernels read the rows where they lie, and every
-    ``p.grad`` ends as a view of one flat combined gradient: no gradient is ever copied, stacked or flattened.
+    Each gradient goes to its place in its loss's row as soon as autograd has computed it, and is freed; the kernels
+    read the rows where they lie, and every ``p.grad`` ends as a view of one flat combined gradient: no loss's gradient
+    is ever held twice, stacked or flattened.
 
     Args:
         parameters: the parameters that the losses share, as from ``model.parameters()``. Those that need no gradient
@@ -108,10 +147,9 @@ class GradientBuffer:
         self._grad_views = [view for segment in self._segments for view in segment.views(segment.grad)]
         self._reached: list[set[int]] = [set() for _ in range(num_losses)]
         self._recording: int | None = None
-        # Autograd itself says which parameters a backward pass reached; a view's content cannot (a gradient may be 0).
-        self._hit: set[int] = set()  # positions, as no compiler traces a set of tensors
+        self._landing = _Landing()
         handles = [
-            parameter.register_post_accumulate_grad_hook(partial(_note, self._hit, i))
+            parameter.register_post_accumulate_grad_hook(partial(self._landing.land, i))
             for i, parameter in enumerate(self._parameters)
         ]
         weakref.finalize(self, _remove_hooks, handles)
@@ -147,9 +185,9 @@ class GradientBuffer:
     def record(self, loss: int) -> Generator[None, None, None]:
         """Let backward passes inside the ``with`` block write row ``loss``.
 
-        The row is zeroed first; several backward passes in one block add up. Each ``p.grad`` is the row's view inside
-        the block and what it was before after it; parameters outside the buffer accumulate ``.grad`` as usual. If the
-        block raises, the row is zeroed.
+        The row begins anew; several backward passes in one block add up. Each ``p.grad`` is None inside the block until
+        a backward pass reaches it, then the row's view, and after the block what it was before; parameters outside the
+        buffer accumulate ``.grad`` as usual. If the block raises, the row is zeroed.
 
         Args:
             loss: the row, 0 to m - 1.
@@ -174,6 +212,7 @@ class GradientBuffer:
             complete = True
         finally:
             self._recording = None
+            self._landing.close()
             for parameter, grad in zip(self._parameters, before, strict=True):
                 parameter.grad = grad
             if not complete:
@@ -279,23 +318,21 @@ class GradientBuffer:
             parameter.grad = view.detach() if i in reached else None
 
     def _open_row(self, loss: int) -> list[Tensor]:
-        """Zero the row and hang its views where autograd will accumulate."""
+        """Let gradients land in the row from now on."""
         views = self._row_views[loss]
         if views is None:
             views = [view for segment in self._segments for view in segment.views(segment.rows[loss])]
             self._row_views[loss] = views
-        for segment in self._segments:
-            segment.rows[loss].zero_()
-        for parameter, view in zip(self._parameters, views, strict=True):
-            parameter.grad = view.detach()  # an alias: `p.grad.data = …` then repoints that, not the buffer's own view
-        self._hit.clear()
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._landing.open(views)
         return views
 
     def _collect_row(self, loss: int, views: list[Tensor]) -> None:
         """Note which parameters were reached; bring home a gradient that was put elsewhere than in its view."""
-        reached = set(self._hit)
+        reached = set(self._landing.reached)
         for i, (parameter, view) in enumerate(zip(self._parameters, views, strict=True)):
-            if parameter.grad is None:  # discarded inside the block, by zero_grad for instance
+            if parameter.grad is None:  # not reached, or discarded inside the block, by zero_grad for instance
                 view.zero_()
                 reached.discard(i)
             elif parameter.grad.data_ptr() != view.data_ptr() or parameter.grad.stride() != view.stride():
@@ -324,10 +361,6 @@ class GradientBuffer:
                     f"{parameter.device}, shape {tuple(parameter.shape)}), as .to(), .half() or an assignment to .data "
                     "do; make a new GradientBuffer after such a change"
                 )
-
-
-def _note(hit: set[int], index: int, _: Tensor) -> None:
-    hit.add(index)
 
 
 def _remove_hooks(handles: Sequence[RemovableHandle]) -> None:

@@ -497,3 +497,48 @@ def test_copied_buffer_says_that_its_parameters_moved():
         other.backward(losses_of(other_model, x))
     buf.backward(losses_of(model, x))
     assert buf.combine().rank == 3
+
+
+def test_sparse_gradients_land_like_dense_ones():
+    words = torch.tensor([0, 2, 2])
+    rows = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 3, sparse=sparse)
+        buf = fc.GradientBuffer(table.parameters(), num_losses=2)
+        for i in range(2):
+            with buf.record(i):
+                ((i + 1) * table(words).square().sum()).backward()
+                ((i + 1) * table(words[:1]).sum()).backward()  # accumulates
+        rows.append(buf.rows.clone())
+    assert rows[0].any()
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_a_graph_of_the_gradient_is_not_kept_by_the_row():
+    weight = nn.Parameter(torch.ones(3))
+    buf = fc.GradientBuffer([weight], num_losses=1)
+    with buf.record(0):
+        weight.pow(3).sum().backward(create_graph=True)
+    assert not buf.rows.requires_grad
+    assert torch.equal(buf.rows[0], torch.full((3,), 3.0))
+
+
+def test_backward_passes_after_recording_go_to_their_own_grad():
+    weight = nn.Parameter(torch.ones(3))
+    buf = fc.GradientBuffer([weight], num_losses=1)
+    with buf.record(0):
+        weight.sum().backward()
+    (2 * weight).sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
+    assert torch.equal(buf.rows[0], torch.ones(3))
+
+
+def test_what_a_row_held_before_is_gone_where_a_loss_no_longer_reaches():
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    buf = fc.GradientBuffer(weights, num_losses=1)
+    with buf.record(0):
+        sum(weights).sum().backward()
+    with buf.record(0):
+        weights[1].sum().backward()
+    assert buf.rows.tolist() == [[0.0, 0.0, 1.0, 1.0]]
