@@ -110,22 +110,23 @@ def one(m: int) -> Few:
 
 
 @cache
-def many(m: int, itemsize: int) -> tuple[Many, ...]:
+def many(m: int, itemsize: int, lanes: int) -> tuple[Many, ...]:
     """Launches of the Gramian of 9 and more losses, the one to take first.
 
     Up to 48 losses a program forms all pairs of up to three blocks, 6 sums of 256 over 8 warps: 96 registers a thread.
-    Beyond, strips of two blocks a program, 4 sums. float64 rows take half the columns a warp: their tiles wait in
-    registers unconverted.
+    Beyond, strips of two blocks a program, 4 sums. A warp takes as many columns as give each of its lanes 16 bytes of a
+    block of 16 rows, and 16 at least, the depth of NVIDIA's largest product; of one block alone twice as many, for
+    more loads under way.
     """
     blocks = -(-m // BLOCK_ROWS)
+    depth = max(16, VECTOR_BYTES * lanes // (BLOCK_ROWS * itemsize))
+    if blocks == 1 and itemsize < 8:
+        return Many(left=1, right=0, depth=32, programs=2), Many(left=1, right=0, depth=depth, programs=2)
     if blocks == 1:
-        return (
-            Many(left=1, right=0, depth=16 if itemsize == 8 else 32, programs=2),
-            Many(left=1, right=0, depth=16, programs=2),
-        )
+        return (Many(left=1, right=0, depth=depth, programs=2),)
     if blocks <= 3:
-        return (Many(left=blocks, right=0, depth=16),)
-    return (Many(left=2, right=2, depth=16),)
+        return (Many(left=blocks, right=0, depth=depth),)
+    return (Many(left=2, right=2, depth=depth),)
 
 
 @cache

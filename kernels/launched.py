@@ -65,7 +65,7 @@ def config_of_gramian(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def config_of_few(
     rows,
-    stride: tl.int64,
+    stride,
     n: tl.int64,
     partials,
     tickets,
@@ -84,6 +84,7 @@ def config_of_few(
     UNROLL: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
+    FENCE: tl.constexpr,
     LENGTH: tl.constexpr,
     DROP: tl.constexpr,
 ):
@@ -98,13 +99,14 @@ def config_of_few(
         weights: (M,) float64, written; None for the Gramian alone.
         out: (n,) of the rows' dtype, written by the one program; None with several.
         direction, tracked, rtol, scratch, LENGTH, DROP: as ``config_rule.write_config_weights``.
+        FENCE: as ``arrival.arrived_last``.
         UNROLL: tiles a step.
         ALIGNED: every row, and ``out``, begins at a multiple of 16 bytes.
 
     Traffic: M·n elements read, and with ``out`` again from the cache and n written.
     """
     if stride is not None:
-        stride = tl.cast(stride, tl.int64)  # the interpreter takes no notice of annotations
+        stride = tl.cast(stride, tl.int64)  # not annotated, which would make a number of None
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     pairs = pair_sums(rows, stride, n, program, programs, M, PAIRS, THREADS, VECTOR, UNROLL, ALIGNED)
@@ -123,10 +125,10 @@ def config_of_few(
         groups = tl.cdiv(programs, GROUP)
         first = group * GROUP
         size = tl.minimum(programs - first, GROUP)
-        if arrived_last(tickets + 1 + group, size):
+        if arrived_last(tickets + 1 + group, size, FENCE):
             pairs = sum_of_partials(partials, first, size, 0, PAIRS, GROUP, PAIRS)
             tl.store(partials + (programs + group) * PAIRS + slots, pairs)
-            if arrived_last(tickets, groups):
+            if arrived_last(tickets, groups, FENCE):
                 pairs = sum_of_partials(partials, programs, groups, 0, PAIRS, GROUP, PAIRS)
                 matrix = matrix_of_pairs(pairs, M, MP, PAIRS)
                 store_square(gramian, matrix, M, MP)
@@ -159,7 +161,7 @@ def add_up_block(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def config_of_many(
     rows,
-    stride: tl.int64,
+    stride,
     n: tl.int64,
     partials,
     tickets,
@@ -178,6 +180,7 @@ def config_of_many(
     DEPTH: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
+    FENCE: tl.constexpr,
     LENGTH: tl.constexpr,
     DROP: tl.constexpr,
 ):
@@ -195,6 +198,7 @@ def config_of_many(
         gramian: (M, M) float64, written.
         weights: (M,) float64, written; None for the Gramian alone.
         direction, tracked, rtol, scratch, LENGTH, DROP: as ``config_rule.write_config_weights``.
+        FENCE: as ``arrival.arrived_last``.
         WARPS: as launched; each takes DEPTH columns of a tile.
         ALIGNED: every row begins at a multiple of 16 bytes.
 
@@ -226,24 +230,24 @@ def config_of_many(
     group = program // GROUP
     first = group * GROUP
     size = tl.minimum(programs - first, GROUP)
-    if arrived_last(tickets + 1 + STRIP_PAIRS + pair * groups + group, size):
+    if arrived_last(tickets + 1 + STRIP_PAIRS + pair * groups + group, size, FENCE):
         flat = tl.arange(0, SQUARE)
         for p in tl.static_range(SHARES):
             share = sum_of_partials(own, first, size, p * SQUARE, SIZE, GROUP, SQUARE)
             tl.store(own + (programs + group) * SIZE + p * SQUARE + flat, share)
-        if arrived_last(tickets + 1 + pair, groups):
+        if arrived_last(tickets + 1 + pair, groups, FENCE):
             for a in tl.static_range(LEFT):
                 for b in tl.static_range(RIGHT if RIGHT else a + 1):
                     add_up_block(gramian, own, programs, groups, left, right, a, b, RIGHT, SIZE, GROUP, M)
             if weights is not None:
-                if arrived_last(tickets, STRIP_PAIRS):
+                if arrived_last(tickets, STRIP_PAIRS, FENCE):
                     write_config_weights(gramian, weights, direction, tracked, rtol, scratch, M, MP, LENGTH, DROP)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def combination(
     rows,
-    stride: tl.int64,
+    stride,
     n: tl.int64,
     weights,
     out,

@@ -7,7 +7,7 @@ import os
 
 # Before numpy is imported: its BLAS spins a second set of threads beside torch's, which costs seconds on two cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-# Before a GPU's first matrix product, which PyTorch else refuses while it fills fresh memory with NaN (poisoned_memory).
+# Before a GPU's first matrix product, which PyTorch else refuses while fresh memory is filled (poisoned_memory).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest

@@ -23,8 +23,9 @@ from fastconfig.rows import Rows
 
 OLDEST = (3, 6)
 """The oldest Triton that the kernels compile on; the tests compile them on this one and on the newest."""
-OLDEST_ROCM_MATRIX = (3, 9)
-"""The oldest Triton with float64 matrix products on AMD, which the Gramian of more than 8 losses is made of."""
+OLDEST_WITH_ALL_MATRIX_UNITS = (3, 9)
+"""The oldest Triton known to use float64 matrix products, which the Gramian of more than 8 losses is made of, on AMD
+(older ones do not compile them) and from compute capability 10 on (3.6 multiplies number by number, and spills)."""
 
 try:
     import triton
@@ -178,6 +179,12 @@ class Device(NamedTuple):
     """Whether this Triton compiles float64 matrix products for it."""
     limits_registers: bool
     """Whether a launch may say how many registers a thread gets."""
+    barrier_orders_all: bool
+    """Whether a barrier orders what its threads stored for the whole device; see ``kernels/arrival.py``."""
+
+    def fence(self, warps: int) -> int:
+        """FENCE of a launch of so many warps."""
+        return 0 if self.barrier_orders_all else warps * self.lanes
 
 
 class Operand(NamedTuple):
@@ -241,7 +248,9 @@ class Workspace:
             self.addresses = self.addresses.new_empty(len(vectors))
         for first in range(0, len(vectors), _ADDRESSES_A_LAUNCH):
             some = vectors[first : first + _ADDRESSES_A_LAUNCH]
-            launched.table_of_addresses[(1,)](self.addresses[first:], some, COUNT=len(some), num_warps=1)
+            launched.table_of_addresses[(1,)](
+                self.addresses[first:], some, COUNT=len(some), **_options(self.device, 1, 1)
+            )
         return self.addresses
 
 
@@ -276,11 +285,15 @@ def _options(device: torch.device, warps: int, programs: int) -> dict[str, objec
 @lru_cache(maxsize=64)
 def _describe(device: torch.device) -> Device:
     if INTERPRETED:
-        return Device(multiprocessors=2, lanes=32, has_matrix_units=True, limits_registers=True)
+        return Device(2, lanes=32, has_matrix_units=True, limits_registers=True, barrier_orders_all=True)
     properties = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    matrix_units = nvidia or _version() >= OLDEST_ROCM_MATRIX
-    return Device(properties.multi_processor_count, properties.warp_size, matrix_units, limits_registers=nvidia)
+    return describe(properties.multi_processor_count, properties.warp_size, torch.version.hip is None, properties.major)
+
+
+def describe(multiprocessors: int, lanes: int, nvidia: bool, major: int) -> Device:
+    """What a launch needs to know of a device of this size, maker and major compute capability."""
+    matrix_units = _version() >= OLDEST_WITH_ALL_MATRIX_UNITS or (nvidia and major < 10)
+    return Device(multiprocessors, lanes, matrix_units, limits_registers=nvidia, barrier_orders_all=nvidia)
 
 
 def _version() -> tuple[int, ...]:
@@ -321,7 +334,7 @@ def _launch_gramian(
         _launch_many(operand, launch, workspace, k, c, rule)
 
     if operand.m > geometry.FEW:
-        launch_many(_tuned(geometry.many(operand.m, operand.dtype.itemsize), operand, launch_many))
+        launch_many(_tuned(geometry.many(operand.m, operand.dtype.itemsize, device.lanes), operand, launch_many))
     elif operand.is_small:
         _launch_few(operand, geometry.one(operand.m), 1, workspace, k, c, rule, None)
     else:
@@ -368,6 +381,7 @@ def _few_arguments(launch: geometry.Few, m: int, vector: int, device: torch.devi
         "VECTOR": vector,
         "UNROLL": launch.unroll,
         "GROUP": launch.group,
+        "FENCE": _describe(device).fence(launch.warps),
         **_options(device, launch.warps, launch.programs),
     }
 
@@ -405,6 +419,7 @@ def _launch_many(
         DEPTH=launch.depth,
         ALIGNED=operand.aligned,
         GROUP=launch.group,
+        FENCE=_describe(operand.device).fence(launch.warps),
         **_options(workspace.device, launch.warps, launch.programs),
     )
 

@@ -1,0 +1,730 @@
+"""Compiles the Triton kernels ahead of time, on a machine without a GPU, and says how well: registers, spills, loads.
+
+What is compiled is what ``fastconfig.backends.triton`` really launches for a list of problems, recorded, on devices of
+each architecture: the same signatures, constants and compiler options. The result is a table and
+``bench/results/kernels-triton-<version>.json``. The exit code is 1 where a specialisation does not compile, spills,
+takes more shared memory than there is, reads aligned rows by less than 16 bytes, or lacks the barrier before a ticket.
+
+The full run compiles some 400 specialisations an architecture. --subset, for CI, takes under two minutes of two cores
+for all architectures. Every kernel and architecture is in it, with 3 and 40 losses; it leaves out most pairs of m and
+dtype, most length models, misaligned vectors, and the launches that FASTCONFIG_AUTOTUNE=1 would try beside the table's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import inspect
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from fastconfig.kernels import combination, geometry, gramian, launched
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastconfig.backends import triton as backend
+from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule
+from fastconfig.rows import Rows
+
+HERE = Path(__file__).parent
+KIB = 1024
+
+# ---------------------------------------------------------------------------------------------------- architectures
+
+
+class Architecture(NamedTuple):
+    """What is compiled for, and a device of it."""
+
+    target: GPUTarget
+    device: backend.Device
+    shared_bytes: int
+    """Shared memory that one program may have."""
+
+
+def nvidia(capability: int, multiprocessors: int, shared_kib: int) -> Architecture:
+    device = backend.describe(multiprocessors, lanes=32, nvidia=True, major=capability // 10)
+    return Architecture(GPUTarget("cuda", capability, 32), device, shared_kib * KIB)
+
+
+def amd(name: str, multiprocessors: int, shared_kib: int) -> Architecture:
+    device = backend.describe(multiprocessors, lanes=64, nvidia=False, major=9)
+    return Architecture(GPUTarget("hip", name, 64), device, shared_kib * KIB)
+
+
+ARCHITECTURES = {
+    "sm_80": nvidia(80, multiprocessors=108, shared_kib=163),  # A100
+    "sm_90": nvidia(90, multiprocessors=132, shared_kib=227),  # H100
+    "sm_100": nvidia(100, multiprocessors=148, shared_kib=227),  # B200
+    "gfx942": amd("gfx942", multiprocessors=304, shared_kib=64),  # MI300X
+}
+
+# --------------------------------------------------------------------------------------------------------- problems
+
+LARGE = 1 << 17  # columns: many programs
+SMALL = 1 << 10  # one program
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FEW = range(1, geometry.FEW + 1)
+MANY = (9, 16, 24, 40, 48, 64, 100)
+SOLVED = (2, 8, 16, 33, 64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the backend."""
+
+    m: int
+    dtype: torch.dtype = torch.float32
+    n: int = LARGE
+    call: str = "config_combine"
+    vectors: bool = False
+    """Separate vectors instead of a matrix."""
+    aligned: bool = True
+    length: str | int = "projection"
+    directed: bool = False
+    nonfinite: str = "propagate"
+
+    def rows(self) -> Rows:
+        """Uninitialised memory, which nothing reads: only its addresses matter."""
+        skipped = 0 if self.aligned else 1
+        matrix = torch.empty(self.m, self.n + skipped, dtype=self.dtype)[:, skipped:]
+        if self.vectors:
+            return Rows(self.m, self.n, self.dtype, matrix.device, None, tuple(matrix))
+        return Rows(self.m, self.n, self.dtype, matrix.device, matrix, ())
+
+    def rule(self) -> ConFIGRule:
+        direction = tuple(float(i + 1) for i in range(self.m)) if self.directed else None
+        return ConFIGRule(direction, self.length, 1e-12, self.nonfinite)
+
+    def run(self) -> None:
+        rows = self.rows()
+        if self.call == "gramian":
+            backend.gramian(rows)
+        elif self.call == "apply":
+            backend.apply(rows, torch.empty(self.m), torch.empty(self.n, dtype=self.dtype))
+        elif self.call == "config_weights":
+            backend.config_weights(torch.empty(self.m, self.m, dtype=torch.float64), self.rule())
+        else:
+            backend.config_combine(rows, self.rule(), torch.empty(self.n, dtype=self.dtype))
+
+
+def base_problems() -> Iterator[Problem]:
+    """Every number of losses with every dtype."""
+    for m, dtype, n in itertools.product(FEW, DTYPES, (LARGE, SMALL)):
+        yield Problem(m, dtype, n)
+    for m, dtype in itertools.product(MANY, DTYPES):
+        yield Problem(m, dtype)
+    for m in SOLVED:
+        yield Problem(m, call="config_weights")
+
+
+def varied_problems() -> Iterator[Problem]:
+    """Every other choice, one at a time, on a few of these."""
+    few = itertools.product((Problem(3), Problem(6, torch.bfloat16)), (LARGE, SMALL))
+    for problem in (*(replace(problem, n=n) for problem, n in few), Problem(40)):
+        yield from other_rules(problem)
+        yield from other_layouts(problem)
+        yield replace(problem, call="gramian")
+        yield replace(problem, call="apply")
+    for m in (8, 33):
+        yield from other_rules(Problem(m, call="config_weights"))
+
+
+def other_rules(problem: Problem) -> Iterator[Problem]:
+    for length in (*LENGTH_NAMES[1:], 1):
+        yield replace(problem, length=length)
+    yield replace(problem, directed=True)
+    yield replace(problem, nonfinite="drop")
+
+
+def other_layouts(problem: Problem) -> Iterator[Problem]:
+    yield replace(problem, aligned=False)
+    yield replace(problem, vectors=True)
+    yield replace(problem, vectors=True, aligned=False)
+
+
+def subset_problems() -> Iterator[Problem]:
+    """For CI: every kernel, in each of its forms, on few of the numbers of losses and dtypes."""
+    yield Problem(3)
+    yield Problem(3, n=SMALL)
+    yield Problem(3, aligned=False, call="gramian")
+    yield Problem(3, vectors=True, length="geometric", nonfinite="drop")
+    yield Problem(1, torch.float16, SMALL)
+    yield Problem(5, torch.bfloat16, call="gramian")
+    yield Problem(8, torch.float64, directed=True, length=1)
+    yield Problem(16, torch.float64, call="gramian")
+    yield Problem(40)
+    yield Problem(40, vectors=True, call="apply")
+    yield Problem(64, torch.float16, vectors=True, call="gramian")
+    yield Problem(2, call="config_weights")
+    yield Problem(64, call="config_weights")
+
+
+# -------------------------------------------------------------------------------------------------------- recording
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One compilation of a kernel, as the launch would ask for it."""
+
+    architecture: str
+    kernel: str
+    choice: str
+    """Whether geometry's table takes this launch, or FASTCONFIG_AUTOTUNE=1 alone tries it."""
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return repr((self.kernel, self.signature, self.constants, self.attributes, sorted(self.options.items())))
+
+    def named(self) -> dict[str, Any]:
+        """The constants by their parameters' names."""
+        names = getattr(launched, self.kernel).arg_names
+        return {names[path[0]]: value for path, value in self.constants.items()}
+
+    def labels(self) -> dict[str, Any]:
+        """What identifies it in the result."""
+        rows = self.signature.get("rows", self.signature.get("vectors", "*fp64"))
+        return {
+            "architecture": self.architecture,
+            "kernel": self.kernel,
+            "choice": self.choice,
+            "rows": rows if isinstance(rows, str) else f"{len(rows)} of {rows[0]}",
+            "warps": self.options["num_warps"],
+            "register_limit": self.options.get("maxnreg"),
+            "constants": {
+                name: value if value is None or isinstance(value, int) else str(value)
+                for name, value in self.named().items()
+            },
+        }
+
+
+class StandIn(NamedTuple):
+    """What is launched as a kernel is: subscripted with a grid, called with arguments."""
+
+    launch: Callable[..., None]
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self.launch
+
+
+@dataclass
+class Recorder:
+    """Takes the place of the kernels: keeps what a launch would compile, and launches nothing."""
+
+    architecture: str
+    found: dict[str, Specialisation] = field(default_factory=dict)
+    choice: str = "table"
+
+    def kernel(self, name: str) -> StandIn:
+        """What takes the place of the kernel of that name."""
+        function = getattr(launched, name)
+        compiler = make_backend(ARCHITECTURES[self.architecture].target)
+        binder = create_function_from_signature(function.signature, function.params, compiler)
+
+        def launch(*args: object, **kwargs: object) -> None:
+            bound, specialised, options = binder(*args, **kwargs)
+            parsed, signature, constants, attributes = function._pack_args(
+                compiler, kwargs, bound, specialised, options
+            )
+            options = dict(parsed.__dict__)
+            this = Specialisation(self.architecture, name, self.choice, signature, constants, attributes, options)
+            self.found.setdefault(this.key, this)
+
+        return StandIn(launch)
+
+    def tuned(self, candidates: Sequence[Any], operand: object, launch: Callable[[Any], None]) -> object:
+        """As the backend's _tuned, which takes the first; the others are recorded too."""
+        self.choice = "autotune"
+        for candidate in candidates[1:]:
+            launch(candidate)
+        self.choice = "table"
+        return candidates[0]
+
+
+KERNELS = ("config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses")
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder, alternatives: bool) -> Iterator[None]:
+    """The backend made to believe in a device of the architecture and launching into the recorder."""
+    device = ARCHITECTURES[recorder.architecture].device
+    forget_devices()
+    replaced = {
+        "launched": SimpleNamespace(**{name: recorder.kernel(name) for name in KERNELS}),
+        "_describe": lambda _: device,
+        # Where the kernels do not go, as float64 matrix products on AMD with an old Triton: nothing to compile.
+        "reference": SimpleNamespace(
+            gramian=lambda rows: torch.empty(rows.m, rows.m, dtype=torch.float64),
+            config_weights=lambda gramian, rule: torch.empty(len(gramian), dtype=torch.float64),
+        ),
+    }
+    if alternatives:
+        replaced["_tuned"] = recorder.tuned
+    with mock.patch.multiple(backend, **replaced):
+        yield
+    forget_devices()
+
+
+def forget_devices() -> None:
+    """Empty the backend's caches: what it remembers of the one CPU device belongs to another architecture."""
+    for function in vars(backend).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def specialisations(architecture: str, subset: bool) -> list[Specialisation]:
+    """What the problems launch, each once."""
+    recorder = Recorder(architecture)
+    with recording(recorder, alternatives=False):
+        for problem in subset_problems() if subset else (*base_problems(), *varied_problems()):
+            problem.run()
+    if not subset:
+        with recording(recorder, alternatives=True):
+            for problem in base_problems():
+                problem.run()
+    return list(recorder.found.values())
+
+
+# ---------------------------------------------------------------------------------------------------- machine code
+
+
+class Place(NamedTuple):
+    """A line of the kernels' source."""
+
+    file: str
+    line: int
+
+
+class Instruction(NamedTuple):
+    """A machine instruction and where it comes from: its own line, then the line that called this function, ..."""
+
+    text: str
+    places: tuple[Place, ...]
+
+    @property
+    def opcode(self) -> str:
+        return self.text.split()[0] if self.text else ""
+
+
+class Lines(NamedTuple):
+    """A range of lines of a file."""
+
+    file: str
+    first: int
+    last: int
+
+    def __contains__(self, place: object) -> bool:
+        return isinstance(place, Place) and place.file == self.file and self.first <= place.line <= self.last
+
+
+READERS = ("pair_products", "block_tile", "used_elements")
+"""The functions that read elements of rows and nothing else."""
+
+
+def calls_in(module: ModuleType) -> Iterator[tuple[Lines, str, bool]]:
+    """The calls in a file of kernels of functions that stand in it: lines, function, and whether it takes whole tiles.
+
+    The latter is told by what is passed for a last parameter MASKED or WHOLE. Those calls are the streaming loops; the
+    other calls are for the columns that are left, at most one tile a launch, and read element by element.
+    """
+    path = Path(inspect.getsourcefile(module))
+    tree = ast.parse(path.read_text())
+    last_parameter = {f.name: f.args.args[-1].arg for f in tree.body if isinstance(f, ast.FunctionDef) and f.args.args}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in last_parameter:
+            wanted = {"MASKED": False, "WHOLE": True}.get(last_parameter[call.func.id])
+            last = call.args[-1]
+            whole = wanted is not None and isinstance(last, ast.Constant) and last.value is wanted
+            yield Lines(path.name, call.lineno, call.end_lineno), call.func.id, whole
+
+
+CALLS = (*calls_in(gramian), *calls_in(combination))
+READING = tuple(lines for lines, name, _ in CALLS if name in READERS)
+STREAMING = tuple(lines for lines, _, whole in CALLS if whole)
+
+
+def any_within(places: Sequence[Place], ranges: Sequence[Lines]) -> bool:
+    return any(place in lines for place in places for lines in ranges)
+
+
+LOADS = r"ld\.global|(global|buffer|flat)_load"
+
+
+def reads_rows(instruction: Instruction) -> bool:
+    """Whether it is a load of rows' elements in a streaming loop.
+
+    It is one if the innermost function is a reader, which the line of its call says; LLVM numbers the lines of inline
+    assembly onwards from that of the load, so that the load's own line may lie past the function's end.
+    """
+    return (
+        re.match(LOADS, instruction.opcode) is not None
+        and any_within(instruction.places[1:2], READING)
+        and any_within(instruction.places[1:], STREAMING)
+    )
+
+
+def is_wide(instruction: Instruction) -> bool:
+    """Whether a load takes 16 bytes a thread, or more."""
+    return re.search(r"\.v4\.\w32\b|\.v2\.\w64\b|dwordx4", instruction.opcode) is not None
+
+
+def instructions_of(assembly: str) -> Iterator[Instruction]:
+    """Of what LLVM wrote, PTX or AMD's: .loc directives, each with the instructions that come from there.
+
+    The callers stand in the directive's comment, or, in PTX by newer LLVMs, in ``inlined_at`` one step at a time.
+    """
+    files = {number: Path(path).name for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', assembly)}
+    callers: dict[tuple[str, ...], tuple[str, ...] | None] = {}
+    places: tuple[Place, ...] = ()
+    for line in assembly.splitlines():
+        located = re.match(r"\s+\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?", line)
+        instruction = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][^;]*)", line)
+        if located and "@[" in line:
+            places = tuple(Place(file, int(number)) for file, number in re.findall(r"([\w.]+\.py):(\d+):\d+", line))
+        elif located:
+            callers[located.groups()[:3]] = located.groups()[3:] if located[4] else None
+            places = tuple(Place(files[file], int(number)) for file, number, _ in chain(located.groups()[:3], callers))
+        elif instruction:
+            yield Instruction(instruction[1].strip(), places)
+
+
+def chain(start: tuple[str, ...], callers: dict[tuple[str, ...], tuple[str, ...] | None]) -> Iterator[tuple[str, ...]]:
+    """``start``, the place it was called from, and so on."""
+    place: tuple[str, ...] | None = start
+    for _ in range(16):  # deeper than any call; a place that seems to call itself ends here
+        if place is None:
+            return
+        yield place
+        place = callers.get(place)
+
+
+def nvidia_report(compiled: Any) -> dict[str, int]:
+    """Registers, spills and products from the machine code, loads and tickets from PTX, which says where they are."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = output_of(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        disassembly = output_of(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", disassembly, re.MULTILINE)
+    kinds = Counter(opcode.split(".")[0] for opcode in opcodes)
+    instructions = list(instructions_of(compiled.asm["ptx"]))
+    return {
+        "registers": int(registers),
+        "stack_bytes": int(stack),
+        "spills": kinds["LDL"] + kinds["STL"],
+        "scalar_spills": 0,
+        "matrix_products": kinds["DMMA"],
+        "fused_multiply_adds": kinds["DFMA"],
+        **loads_report(instructions),
+        "all_wide_loads": sum(re.match(r"LDG.*\.(128|256)\b", opcode) is not None for opcode in opcodes),
+        **tickets_report(instructions, r"atom\b.*acq_rel", r"st\.global", r"(bar|barrier)(\.\w+)*\.sync"),
+    }
+
+
+def amd_report(compiled: Any) -> dict[str, int]:
+    assembly = compiled.asm["amdgcn"]
+    instructions = list(instructions_of(assembly))
+    kinds = Counter(instruction.opcode for instruction in instructions)
+
+    def noted(name: str) -> int:
+        return int(re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)[1])
+
+    return {
+        "registers": noted("vgpr_count"),
+        "stack_bytes": noted("private_segment_fixed_size"),
+        "spills": noted("vgpr_spill_count"),
+        "scalar_spills": noted("sgpr_spill_count"),
+        "matrix_products": sum(count for kind, count in kinds.items() if re.match(r"v_mfma_f64", kind)),
+        "fused_multiply_adds": sum(count for kind, count in kinds.items() if re.match(r"v_fma(c)?_f64", kind)),
+        **loads_report(instructions),
+        "all_wide_loads": sum(
+            is_wide(instruction) for instruction in instructions if re.match(LOADS, instruction.opcode)
+        ),
+        **tickets_report(
+            instructions,
+            r"(global|flat|buffer)_atomic_add\b.*\bsc0",  # with a result; a fence's atomic has none
+            r"(global|flat|buffer)_store",
+            r"s_barrier",
+            AMD_WAIT,
+        ),
+    }
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def loads_report(instructions: Sequence[Instruction]) -> dict[str, int]:
+    loads = [is_wide(instruction) for instruction in instructions if reads_rows(instruction)]
+    return {"wide_loads": sum(loads), "narrow_loads": len(loads) - sum(loads)}
+
+
+AMD_WAIT = r"s_waitcnt\b.*vmcnt\(0\)"
+"""The instruction by which a wavefront waits for its own stores to arrive in memory."""
+
+
+def tickets_report(
+    instructions: Sequence[Instruction], ticket: str, store: str, barrier: str, wait: str | None = None
+) -> dict[str, int]:
+    """How many tickets are taken, and before how many the stores to global memory are not in order.
+
+    The atomic orders the stores of its own thread only; the barrier orders the other threads' before it. On AMD a
+    barrier does not wait for the other wavefronts' stores to arrive where the atomic could publish them: each has to
+    wait for its own first (LLVM's pull request 161638 tells of the same on later devices).
+    """
+    tickets = without_barrier = without_wait = 0
+    ordered = arrived = arrived_before_barrier = True
+    for instruction in instructions:
+        text = instruction.text
+        if re.match(ticket, text):
+            tickets += 1
+            without_barrier += not ordered
+            without_wait += ordered and not arrived_before_barrier
+        elif re.match(store, text):
+            ordered = arrived = False
+        elif wait is not None and re.match(wait, text):
+            arrived = True
+        elif re.match(barrier, text):
+            ordered, arrived_before_barrier = True, arrived or wait is None
+    return {"tickets": tickets, "tickets_without_barrier": without_barrier, "tickets_without_wait": without_wait}
+
+
+# -------------------------------------------------------------------------------------------------------- compiling
+
+
+class Accepted(NamedTuple):
+    """Spills of the m×m solve that are known, and why they stay."""
+
+    triton: str
+    architecture: str
+    padded: int
+    """MP, the power of two that holds the losses."""
+    stack_bytes: int
+    """At most."""
+    reason: str
+
+
+ACCEPTED = (
+    Accepted("3.6.", "sm_80", 64, 24, "three numbers, kept through the solve's two ways, once a launch"),
+    Accepted("3.6.", "sm_90", 64, 24, "three addresses of 33 to 48 float64 rows, read back once a tile"),
+    Accepted("3.6.", "sm_90", 128, 8, "one number of over 64 float64 rows, read back once a launch"),
+)
+
+
+def reason_accepted(this: Specialisation, stack_bytes: int) -> str:
+    """Why spills of so many bytes are no finding; empty where they are one, or where there are none."""
+    constants = this.named()
+    for accepted in ACCEPTED if stack_bytes else ():
+        if (
+            triton.__version__.startswith(accepted.triton)
+            and this.architecture == accepted.architecture
+            and constants.get("MP") == accepted.padded
+            and stack_bytes <= accepted.stack_bytes
+        ):
+            return accepted.reason
+    return ""
+
+
+def compiled_report(this: Specialisation) -> dict[str, Any]:
+    """Compile one specialisation, from nothing, and say what came of it; in a process of the pool."""
+    architecture = ARCHITECTURES[this.architecture]
+    source = ASTSource(getattr(launched, this.kernel), this.signature, this.constants, this.attributes)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache, TRITON_DISABLE_LINE_INFO="0"),
+    ):
+        started = time.perf_counter()
+        try:
+            compiled = triton.compile(source, target=architecture.target, options=this.options)
+        except Exception as error:  # whatever the compiler stumbles over is the finding
+            return {**this.labels(), "findings": [f"does not compile: {summary(error)}"]}
+        seconds = time.perf_counter() - started
+    report = {
+        **this.labels(),
+        **(nvidia_report(compiled) if architecture.target.backend == "cuda" else amd_report(compiled)),
+        "shared_bytes": compiled.metadata.shared,
+        "seconds": round(seconds, 1),
+    }
+    report["accepted"] = reason_accepted(this, report["stack_bytes"])
+    return {**report, "findings": list(findings(this, report))}
+
+
+def summary(error: BaseException) -> str:
+    """The end of the first error's message, which is where compilers say what was wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {text[-1][:200] if text else ''}"
+
+
+def findings(this: Specialisation, report: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a compilation."""
+    limit = ARCHITECTURES[this.architecture].shared_bytes
+    # Scalar registers of AMD spill into lanes of a vector register: told, but no finding, as no memory is involved.
+    if not report["accepted"]:
+        if report["stack_bytes"]:
+            yield f"has a stack of {report['stack_bytes']} bytes"
+        if report["spills"]:
+            yield f"has {report['spills']} spills"
+    if report["shared_bytes"] > limit:
+        yield f"takes {report['shared_bytes']} bytes of shared memory, of {limit}"
+    expected = wide_loads_a_step(this)
+    if report["wide_loads"] < expected or (expected and report["narrow_loads"]):
+        yield f"{report['wide_loads']} loads of 16 bytes, of {expected}, and {report['narrow_loads']} narrower ones"
+    elif report["all_wide_loads"] < expected:
+        yield f"{report['all_wide_loads']} loads of 16 bytes are left in the machine code, of {expected}"
+    if report["tickets"] != tickets_taken(this):
+        yield f"takes {report['tickets']} tickets where {tickets_taken(this)} are due"
+    if report["tickets_without_barrier"]:
+        yield f"{report['tickets_without_barrier']} tickets without a barrier after the last store"
+    if report["tickets_without_wait"]:
+        yield f"{report['tickets_without_wait']} tickets before whose barrier wavefronts do not wait for their stores"
+
+
+def wide_loads_a_step(this: Specialisation) -> int:
+    """At least how many 16-byte loads a thread has in its streaming loops, each written once; 0 where not aligned."""
+    constants = this.named()
+    if not constants.get("ALIGNED"):
+        return 0
+    m = constants["M"]
+    if this.kernel == "config_of_few":
+        return m * constants["UNROLL"] + (m if "out" not in constants else 0)
+    if this.kernel == "combination":
+        return min(m, geometry.FEW)
+    lanes = ARCHITECTURES[this.architecture].device.lanes
+    block_bytes = geometry.BLOCK_ROWS * constants["DEPTH"] * constants["DTYPE"].primitive_bitwidth // 8
+    blocks = constants["LEFT"] + constants["RIGHT"]
+    loads = blocks * max(1, block_bytes // (geometry.VECTOR_BYTES * lanes))
+    # Where a program has all rows, the compiler leaves out loads that are of none.
+    return loads if constants["RIGHT"] else max(1, loads * m // (blocks * geometry.BLOCK_ROWS))
+
+
+def tickets_taken(this: Specialisation) -> int:
+    """How many tickets stand in the kernel: one a level of the reduction, and one before strips' sums are solved."""
+    constants = this.named()
+    if this.kernel == "config_of_many":
+        return 2 if "weights" in constants else 3
+    return 2 if this.kernel == "config_of_few" and "tickets" not in constants else 0
+
+
+def compile_all(wanted: Sequence[Specialisation], jobs: int) -> list[dict[str, Any]]:
+    """Reports of all, in no particular order."""
+    reports = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(compiled_report, this): this for this in wanted}
+        for done in track(as_completed(running), "compiling", total=len(running), console=Console(stderr=True)):
+            if isinstance(done.exception(), BrokenProcessPool):
+                crashed = "does not compile: the compiler crashed, on this or on what ran at the same time"
+                reports.append({**running[done].labels(), "findings": [crashed]})
+            else:
+                reports.append(done.result())
+    return reports
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if backend.INTERPRETED:
+        print("TRITON_INTERPRET=1 replaces the compiler; unset it", file=sys.stderr)
+        return 2
+    wanted = [this for name in arguments.arch for this in specialisations(name, arguments.subset)]
+    reports = sorted(compile_all(wanted, arguments.jobs), key=lambda report: json.dumps(order_of(report)))
+    head = {"triton": triton.__version__, "subset": arguments.subset, "architectures": arguments.arch}
+    path = arguments.out or HERE / "results" / f"kernels-triton-{triton.__version__}.json"
+    path.write_text(as_json(head, reports))
+    console = Console(width=150)
+    console.print(table_of(reports))
+    wrong = [report for report in reports if report["findings"]]
+    for report in wrong:
+        for finding in report["findings"]:
+            console.print(f"{name_of(report)}: {finding}", style="red", highlight=False, soft_wrap=True)
+    console.print(f"{len(reports)} specialisations, {len(wrong)} with findings; written: {path.name}")
+    return 1 if wrong else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), help="default: all")
+    parser.add_argument("--subset", action="store_true", help="what CI compiles")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: bench/results)")
+    return parser.parse_args()
+
+
+def order_of(report: dict[str, Any]) -> list[Any]:
+    """What reports are sorted by: all of their labels."""
+    first = [report["architecture"], report["kernel"], f"{report['constants'].get('M', 0):03}", report["rows"]]
+    return [*first, report["choice"], report["warps"], report["constants"]]
+
+
+def as_json(head: dict[str, Any], reports: Sequence[dict[str, Any]]) -> str:
+    """A table with one specialisation a line, so that two results compare line by line; null where not compiled."""
+    columns = list(dict.fromkeys(name for report in reports for name in report))
+    rows = ",\n".join(json.dumps([report.get(name) for name in columns], separators=(",", ":")) for report in reports)
+    return f'{json.dumps({**head, "columns": columns})[:-1]}, "rows": [\n{rows}\n]}}\n'
+
+
+def name_of(report: dict[str, Any]) -> str:
+    """One line that says which specialisation a report is of."""
+    constants = ", ".join(f"{name}={value}" for name, value in report["constants"].items())
+    launch = f"{report['warps']} warps, at most {report['register_limit'] or 'any'} registers, {report['choice']}"
+    return f"{report['architecture']} {report['kernel']} {report['rows']} ({constants}; {launch})"
+
+
+def table_of(reports: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"kernels compiled by Triton {triton.__version__}: the most of each, over all specialisations")
+    for name in ("architecture", "kernel"):
+        table.add_column(name)
+    for name in ("compiled", "registers", "stack", "spills", "shared", "16-byte loads", "matrix products", "seconds"):
+        table.add_column(name, justify="right")
+    for (architecture, kernel), group in itertools.groupby(reports, lambda r: (r["architecture"], r["kernel"])):
+        group = list(group)
+        good = [report for report in group if "registers" in report]
+        table.add_row(architecture, kernel, f"{len(good)} of {len(group)}", *columns_of(good))
+    return table
+
+
+def columns_of(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if not reports:
+        return
+    for name in ("registers", "stack_bytes", "spills", "shared_bytes"):
+        yield f"{max(report[name] for report in reports):,}"
+    read = [report for report in reports if report["wide_loads"] + report["narrow_loads"]]
+    wide = sum(report["narrow_loads"] == 0 for report in read)
+    yield f"all in {wide} of {len(read)}" if read else ""
+    yield f"{max(report['matrix_products'] for report in reports)}"
+    yield f"{max(report['seconds'] for report in reports):.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

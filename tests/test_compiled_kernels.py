@@ -1,0 +1,172 @@
+"""The Triton kernels, compiled ahead of time for GPUs that this machine need not have, by the oldest and newest Triton.
+
+bench/compile_kernels.py does the work in a process of its own, as its kernels must not be those of the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastconfig.backends.triton import OLDEST
+
+pytestmark = pytest.mark.slow
+
+TOOL = Path(__file__).parents[1] / "bench" / "compile_kernels.py"
+KERNELS = {"config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses"}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+OLDEST_FOLDER = "FASTCONFIG_OLDEST_TRITON"
+
+
+def compile_subset(out: Path, architectures: tuple[str, ...], triton_folder: str | None) -> dict:
+    """What the tool reports; its exit code is left to the tests, which say what is wrong."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    if triton_folder is not None:
+        path = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = triton_folder if path is None else os.pathsep.join((triton_folder, path))
+    command = [sys.executable, str(TOOL), "--subset", "--out", str(out), "--arch", *architectures]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert out.exists(), done.stderr
+    result = json.loads(out.read_text())
+    reports = [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]
+    return {**result, "specialisations": reports, "exit_code": done.returncode}
+
+
+@pytest.fixture(scope="module", params=["installed", "oldest"])
+def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The report of the installed Triton, and of the oldest that is supported."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton has no wheel for this platform")
+    out = tmp_path_factory.mktemp("compiled") / "kernels.json"
+    if request.param == "installed":
+        return compile_subset(out, ARCHITECTURES, None)
+    folder = os.environ.get(OLDEST_FOLDER)
+    if not folder:
+        pytest.skip(f"{OLDEST_FOLDER} does not name a folder with Triton {OLDEST[0]}.{OLDEST[1]}")
+    report = compile_subset(out, ("sm_90", "gfx942"), folder)
+    assert report["triton"].startswith(f"{OLDEST[0]}.{OLDEST[1]}."), f"{OLDEST_FOLDER} has Triton {report['triton']}"
+    return report
+
+
+def described(report: dict) -> str:
+    """Which specialisation a report is of, and what the tool says of it."""
+    return f"{report['architecture']} {report['kernel']} {report['rows']} {report['constants']}: {report['findings']}"
+
+
+def those(result: dict, holds: Callable[[dict], object]) -> list[str]:
+    """The specialisations that compiled and of which something holds, in words."""
+    return [described(report) for report in compiled(result) if holds(report)]
+
+
+def compiled(result: dict, **labels: object) -> list[dict]:
+    """The reports of specialisations with these labels, or all, of those that compiled."""
+    return [
+        report
+        for report in result["specialisations"]
+        if report.get("registers") is not None and all(report[name] == value for name, value in labels.items())
+    ]
+
+
+def is_aligned(report: dict) -> bool | None:
+    """Whether all rows begin at 16 bytes; None for kernels that read no rows."""
+    return report["constants"].get("ALIGNED")
+
+
+def test_everything_compiles(result):
+    assert [described(report) for report in result["specialisations"] if report.get("registers") is None] == []
+
+
+def test_every_kernel_is_compiled_for_every_architecture(result):
+    assert result["architectures"]
+    for architecture in result["architectures"]:
+        # On AMD, older Tritons have no float64 matrix products: the reference takes over.
+        missing = {"config_of_many"} if architecture == "gfx942" and is_oldest(result) else set()
+        assert {report["kernel"] for report in compiled(result, architecture=architecture)} == KERNELS - missing
+
+
+def is_oldest(result: dict) -> bool:
+    return result["triton"].startswith(f"{OLDEST[0]}.{OLDEST[1]}.")
+
+
+@pytest.mark.parametrize(("m", "kernel"), [(3, "config_of_few"), (40, "config_of_many")])
+def test_3_and_40_losses_in_float32_are_among_them(result, m, kernel):
+    for architecture in result["architectures"]:
+        here = compiled(result, architecture=architecture, rows="*fp32")
+        kernels = {report["kernel"] for report in here if report["constants"].get("M") == m}
+        assert "combination" in kernels
+        assert kernel in kernels or not compiled(result, architecture=architecture, kernel=kernel)
+
+
+def test_spills_are_accepted_with_a_reason(result):
+    assert those(result, lambda report: (report["stack_bytes"] or report["spills"]) and not report["accepted"]) == []
+
+
+def test_spills_are_accepted_of_the_oldest_triton_alone(result):
+    assert is_oldest(result) or those(result, lambda report: report["accepted"]) == []
+
+
+def test_registers_stay_within_what_the_launch_asked_for(result):
+    assert those(result, lambda report: report["registers"] > (report["register_limit"] or 512)) == []
+
+
+def test_shared_memory_fits_every_device(result):
+    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    assert those(result, lambda report: report["shared_bytes"] > 1024 * limits[report["architecture"]]) == []
+
+
+def test_aligned_rows_are_read_by_16_bytes(result):
+    assert those(result, lambda report: is_aligned(report) and not report["wide_loads"]) == []
+    assert those(result, lambda report: is_aligned(report) and report["narrow_loads"]) == []
+
+
+def test_misaligned_rows_are_read_by_less(result):
+    """Else the loads would not be told apart, and the test above would say nothing."""
+    misaligned = [report for report in compiled(result) if is_aligned(report) is False]
+    assert misaligned
+    assert all(report["narrow_loads"] and not report["wide_loads"] for report in misaligned)
+
+
+def test_a_barrier_stands_before_every_ticket(result):
+    assert those(result, lambda report: report["tickets_without_barrier"]) == []
+
+
+def test_wavefronts_wait_for_their_partial_sums_before_the_barrier(result):
+    """In config_of_many, as several store them; few losses' are stored by the wavefront that takes the ticket."""
+    several = [report for report in compiled(result) if report["kernel"] == "config_of_many"]
+    assert [described(report) for report in several if report["tickets_without_wait"]] == []
+
+
+def test_kernels_of_several_programs_take_tickets(result):
+    for report in compiled(result):
+        # A constant of None for the tickets says that one program is launched.
+        several = report["kernel"].startswith("config_of_") and "tickets" not in report["constants"]
+        assert (report["tickets"] >= 2) == (several and report["kernel"] != "config_of_gramian"), described(report)
+
+
+def test_many_losses_use_the_matrix_units(result):
+    assert compiled(result, kernel="config_of_many")
+    assert those(result, lambda r: r["kernel"] == "config_of_many" and not r["matrix_products"]) == []
+
+
+def test_the_tool_finds_nothing_wrong(result):
+    assert [described(report) for report in result["specialisations"] if report["findings"]] == []
+    assert result["exit_code"] == 0
+
+
+def test_specialisations_are_told_apart(result):
+    labels = ("architecture", "kernel", "rows", "warps", "register_limit", "constants")
+    names = [json.dumps([report[label] for label in labels]) for report in result["specialisations"]]
+    assert len(set(names)) == len(names)
+
+
+def test_a_result_tells_nothing_of_the_machine(result):
+    text = json.dumps(result)
+    assert str(TOOL.parents[1]) not in text
+    assert str(Path.home()) not in text
