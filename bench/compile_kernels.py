@@ -71,7 +71,7 @@ def nvidia(capability: int, multiprocessors: int, shared_kib: int) -> Architectu
 
 
 def amd(name: str, multiprocessors: int, shared_kib: int) -> Architecture:
-    device = backend.describe(multiprocessors, lanes=64, nvidia=False, major=9)
+    device = backend.describe(multiprocessors, lanes=64, nvidia=False, name=name)
     return Architecture(GPUTarget("hip", name, 64), device, shared_kib * KIB)
 
 

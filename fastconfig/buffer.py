@@ -185,8 +185,9 @@ class GradientBuffer:
     def record(self, loss: int) -> Generator[None, None, None]:
         """Let backward passes inside the ``with`` block write row ``loss``.
 
-        The row begins anew; several backward passes in one block add up. Each ``p.grad`` is None inside the block until
-        a backward pass reaches it, then the row's view, and after the block what it was before; parameters outside the
+        The row begins anew: what a backward pass does not reach is zero when the block ends, and inside it may still
+        hold what it did. Several backward passes in one block add up. Each ``p.grad`` is None inside the block until a
+        backward pass reaches it, then the row's view, and after the block what it was before; parameters outside the
         buffer accumulate ``.grad`` as usual. If the block raises, the row is zeroed.
 
         Args:

@@ -148,6 +148,10 @@ def _check_float64(tensor: Tensor | None, name: str, shape: tuple[int, ...]) -> 
 
 
 _LIBRARY = torch.library.Library("fastconfig", "DEF")
+_TAGS: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,)
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    # mode="reduce-overhead" would run the kernels with memory that it takes back, and their workspaces would stay.
+    _TAGS += (torch.Tag.cudagraph_unsafe,)
 _RULE = "float[]? direction, str length, int tracked, float rtol, str nonfinite"
 _BACKEND = 'str backend="auto"'
 
@@ -160,7 +164,7 @@ def _operator(schema: str, fake: Callable[..., Tensor | None]) -> Callable[[Impl
 
     def define(implementation: Implementation) -> Implementation:
         name = schema.partition("(")[0]
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastconfig::{name}", fake, lib=_LIBRARY)
         return implementation
@@ -269,4 +273,6 @@ def _config_combine(
     rule.check_losses(checked.m)
     backends.select(checked.device, backend).config_combine(checked, rule, out, gramian, weights)
     # Operators defined by a schema do not do it by themselves; autograd may have saved what was overwritten.
-    torch.autograd.graph.increment_version([tensor for tensor in (out, gramian, weights) if tensor is not None])
+    for tensor in (out, gramian, weights):
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)

@@ -19,12 +19,12 @@ def arrived_last(ticket, count, FENCE: tl.constexpr):
     Args:
         FENCE: 0 where a barrier orders the memory of all its threads for the whole device, as NVIDIA's does. AMD's
             lets a wavefront pass whose stores are still under way, and the ticket's wavefront then waits for its own
-            alone: there FENCE is the program's threads, and the first of each wavefront of 64 adds nothing to the
-            ticket, which makes it wait for its stores.
+            alone: there FENCE is the program's threads, and one thread of each wavefront at least adds nothing to
+            the ticket, which makes it wait for its stores.
     """
     if FENCE > 0:
         thread = tl.arange(0, FENCE)
-        tl.atomic_add(ticket + thread * 0, 0, mask=thread % 64 == 0, sem="acq_rel", scope="gpu")
+        tl.atomic_add(ticket + thread * 0, 0, mask=thread % 32 == 0, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
     tl.store(ticket, 0, mask=last)

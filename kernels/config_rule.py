@@ -77,6 +77,7 @@ def invert_if_regular(unit, inverse, size, rtol, M: tl.constexpr, MP: tl.constex
     tl.store(inverse + cells(MP), values)
     tl.debug_barrier()
     trace = tl.sum(tl.load(inverse + i * MP + i)) - (MP - size)
+    tl.debug_barrier()  # all have read it before the solve of a singular matrix writes there
     return regular & (rtol * size * trace < 1.0)
 
 

@@ -13,7 +13,7 @@ FEW = 8
 outgrow them and the matrix units take over."""
 
 SOLVED = 64
-"""Up to here one program solves the m×m problem in its registers: 16 float64 numbers a thread and matrix."""
+"""Up to here one program solves the m×m problem, a matrix at a time in its registers: 16 numbers a thread."""
 
 BLOCK_ROWS = 16
 """Rows of one operand of a matrix product of tiles, the least that the matrix units take."""
@@ -62,7 +62,7 @@ class Many:
     depth: int
     """Columns of a tile a warp."""
     warps: int = 8
-    """Each warp sums for itself; eight hold the m×m problem of 64 losses in registers when the last program solves."""
+    """Each warp sums for itself; eight hold a matrix of 64 losses in 32 registers a thread when the last one solves."""
     programs: int = 1
     group: int = 16
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -34,6 +34,10 @@ class ConFIGRule:
     @cached_property
     def _hash(self) -> int:
         return hash((self.direction, self.length, self.rtol, self.nonfinite))
+
+    def __getstate__(self) -> dict[str, object]:
+        """The parameters alone: what is kept beside them holds in this process."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def direction_tensor(self, gramian: Tensor) -> Tensor:
         """ŵ as an (m,) float64 tensor beside the Gramian."""

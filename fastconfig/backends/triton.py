@@ -27,12 +27,15 @@ OLDEST_WITH_ALL_MATRIX_UNITS = (3, 9)
 """The oldest Triton known to use float64 matrix products, which the Gramian of more than 8 losses is made of, on AMD
 (older ones do not compile them) and from compute capability 10 on (3.6 multiplies number by number, and spills)."""
 
+_WITH_FLOAT64_MATRIX_UNITS = ("gfx90a", "gfx94", "gfx95")
+"""AMD's architectures that have them."""
+
 try:
     import triton
     import triton.language as tl
 
     from fastconfig.kernels import geometry, launched
-except ImportError as error:
+except Exception as error:  # a broken Triton fails in many ways, and the CPU does without it
     _IMPORT_ERROR = str(error)
 else:
     _IMPORT_ERROR = ""
@@ -218,7 +221,7 @@ class Workspace:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.partials = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tickets = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.addresses = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -228,19 +231,19 @@ class Workspace:
     def reserve_square(self, m: int) -> None:
         """Make room for the m×m problem; as in ``reserve_sums``, a steady state allocates nothing."""
         if m > self._m:
-            self._m = m
             self.gramian = self.partials.new_empty(m * m)
             self.weights = self.partials.new_empty(m)
             self.scratch = self.partials.new_empty(geometry.scratch_elements(m))
+            self._m = m  # last: memory may run out
 
     def reserve_sums(self, partials: int, tickets: int) -> None:
         """Make room for partial sums and tickets."""
         if partials > self._partials:
-            self._partials = partials
             self.partials = self.partials.new_empty(partials)
+            self._partials = partials
         if tickets > self._tickets:
-            self._tickets = tickets
             self.tickets = self.tickets.new_zeros(tickets)  # zeros once: every launch leaves them so
+            self._tickets = tickets
 
     def table_for(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """The (m,) addresses of the vectors on the device, written there by launches: no copy from the host."""
@@ -368,7 +371,8 @@ def _launch_few(
         out=out,
         scratch=workspace.scratch,
         ALIGNED=operand.aligned,
-        **_rule_arguments(rule, operand.m, operand.device),
+        direction=_direction(rule, operand.device),
+        **_rule_arguments(rule, operand.m),
         **_few_arguments(launch, operand.m, operand.vector, operand.device),
     )
 
@@ -411,7 +415,8 @@ def _launch_many(
         gramian=k,
         weights=c,
         scratch=workspace.scratch,
-        **_rule_arguments(rule, operand.m, operand.device),
+        direction=_direction(rule, operand.device),
+        **_rule_arguments(rule, operand.m),
         DTYPE=_DTYPES[operand.dtype],
         LEFT=launch.left,
         RIGHT=launch.right,
@@ -431,7 +436,8 @@ def _launch_solve(workspace: Workspace, gramian: Tensor, weights: Tensor, rule: 
         gramian,
         weights,
         scratch=workspace.scratch,
-        **_rule_arguments(rule, m, workspace.device),
+        direction=_direction(rule, workspace.device),
+        **_rule_arguments(rule, m),
         **_options(workspace.device, geometry.solve_warps(m), 1),
     )
 
@@ -458,27 +464,35 @@ def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor,
 
 
 @lru_cache(maxsize=256)
-def _rule_arguments(rule: ConFIGRule | None, m: int, device: torch.device) -> dict[str, object]:
-    """The arguments that say which rule the last program applies; without a rule, unused values.
-
-    Direction weights are copied to the device here, once, at the first combination with them.
-    """
+def _rule_arguments(rule: ConFIGRule | None, m: int) -> dict[str, object]:
+    """The arguments that say which rule the last program applies; without a rule, unused values."""
     arguments: dict[str, object] = {"M": m, "MP": geometry.power_of_two(m), "DROP": False, "LENGTH": 0}
     if rule is None:
-        return {**arguments, "direction": None, "tracked": 0, "rtol": 0.0}
+        return {**arguments, "tracked": 0, "rtol": 0.0}
     if isinstance(rule.length, int):
         length, tracked = len(LENGTH_NAMES), rule.length % m
     else:
         length, tracked = LENGTH_NAMES.index(str(rule.length)), 0
-    direction = None if rule.direction is None else torch.tensor(rule.direction, dtype=torch.float64, device=device)
     return {
         **arguments,
-        "direction": direction,
         "tracked": tracked,
         "rtol": rule.rtol,
         "LENGTH": length,
         "DROP": rule.nonfinite == "drop",
     }
+
+
+def _direction(rule: ConFIGRule | None, device: torch.device) -> Tensor | None:
+    """The direction weights on a device, copied there once, at the first combination with them.
+
+    The rule keeps them, not a cache: a captured graph reads them for as long as its method lives.
+    """
+    if rule is None or rule.direction is None:
+        return None
+    kept: dict[torch.device, Tensor] = rule.__dict__.setdefault("_directions", {})
+    if device not in kept:
+        kept[device] = torch.tensor(rule.direction, dtype=torch.float64, device=device)
+    return kept[device]
 
 
 Launch = TypeVar("Launch")
@@ -489,7 +503,7 @@ def _tuned(candidates: Sequence[Launch], operand: Operand, launch: Callable[[Lau
     """The table's choice, the first; with FASTCONFIG_AUTOTUNE=1 the quickest on this device, tried once a kind of size.
 
     A kind is m, the dtype, the alignment and n to the next power of two. Trying waits for the device, and is left out
-    while a graph is captured.
+    while a graph is captured on this stream; none may be captured on another meanwhile.
     """
     if not AUTOTUNE or len(candidates) == 1:
         return candidates[0]
@@ -503,4 +517,8 @@ def _tuned(candidates: Sequence[Launch], operand: Operand, launch: Callable[[Lau
 
 
 def _median_time(call: Callable[[], None]) -> float:
+    try:
+        call()
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")  # this device has too little for this launch
     return float(triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median"))
