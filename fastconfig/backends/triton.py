@@ -290,12 +290,14 @@ def _describe(device: torch.device) -> Device:
     if INTERPRETED:
         return Device(2, lanes=32, has_matrix_units=True, limits_registers=True, barrier_orders_all=True)
     properties = torch.cuda.get_device_properties(device)
-    return describe(properties.multi_processor_count, properties.warp_size, torch.version.hip is None, properties.major)
+    name = getattr(properties, "gcnArchName", "")
+    return describe(properties.multi_processor_count, lanes, nvidia, properties.major, name)
 
 
-def describe(multiprocessors: int, lanes: int, nvidia: bool, major: int) -> Device:
-    """What a launch needs to know of a device of this size, maker and major compute capability."""
-    matrix_units = _version() >= OLDEST_WITH_ALL_MATRIX_UNITS or (nvidia and major < 10)
+def describe(multiprocessors: int, lanes: int, nvidia: bool, major: int = 0, name: str = "") -> Device:
+    """What a launch needs to know of a device of this size and NVIDIA's major compute capability or AMD's name."""
+    newest = _version() >= OLDEST_WITH_ALL_MATRIX_UNITS
+    matrix_units = newest or major < 10 if nvidia else newest and name.startswith(_WITH_FLOAT64_MATRIX_UNITS)
     return Device(multiprocessors, lanes, matrix_units, limits_registers=nvidia, barrier_orders_all=nvidia)
 
 
