@@ -290,6 +290,8 @@ def _describe(device: torch.device) -> Device:
     if INTERPRETED:
         return Device(2, lanes=32, has_matrix_units=True, limits_registers=True, barrier_orders_all=True)
     properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    lanes = getattr(properties, "warp_size", 32 if nvidia else 64)  # an attribute of newer PyTorch
     name = getattr(properties, "gcnArchName", "")
     return describe(properties.multi_processor_count, lanes, nvidia, properties.major, name)
 
