@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from gpubench.timing import peak_bytes
 from torch import Tensor, nn
 
 import fastconfig as fc
@@ -204,12 +205,7 @@ def peak_growth(call: Call, device: torch.device) -> int | None:
     On a CPU (Linux only) what is resident, without the memory that the allocator had kept from earlier calls.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_bytes(call)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")

@@ -63,6 +63,10 @@ class _Recorded(NamedTuple):
     shape: torch.Size
 
 
+_BEING_RECORDED: set[int] = set()
+"""The identities of parameters that some buffer records now, for which it keeps them alive."""
+
+
 class _Landing:
     """Where gradients go while a row is recorded, and which parameters they were of.
 
@@ -147,6 +151,7 @@ class GradientBuffer:
         self._grad_views = [view for segment in self._segments for view in segment.views(segment.grad)]
         self._reached: list[set[int]] = [set() for _ in range(num_losses)]
         self._recording: int | None = None
+        self._identities = frozenset(map(id, self._parameters))
         self._landing = _Landing()
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._landing.land, i))
@@ -195,7 +200,8 @@ class GradientBuffer:
 
         Raises:
             IndexError: no such loss.
-            RuntimeError: inside another ``record``, or a parameter is no longer the one the buffer was made for.
+            RuntimeError: inside another ``record``, of this buffer or of one over some of the same parameters; or a
+                parameter is no longer the one the buffer was made for.
         """
         if isinstance(loss, bool) or not isinstance(loss, int):
             raise TypeError(f"loss must be the index of a row, an int, got {loss!r}")
@@ -203,8 +209,14 @@ class GradientBuffer:
             raise IndexError(f"loss must be 0 to {self._num_losses - 1}, got {loss}")
         self._check_not_recording("record")
         self._check_parameters()
+        if not _BEING_RECORDED.isdisjoint(self._identities):
+            raise RuntimeError(
+                f"record({loss}) was called while another buffer over some of the same parameters records; leave that "
+                "`with` block first: a gradient can only go to one row"
+            )
         before = [parameter.grad for parameter in self._parameters]
         self._recording = loss
+        _BEING_RECORDED.update(self._identities)
         complete = False
         try:
             views = self._open_row(loss)
@@ -213,6 +225,7 @@ class GradientBuffer:
             complete = True
         finally:
             self._recording = None
+            _BEING_RECORDED.difference_update(self._identities)
             self._landing.close()
             for parameter, grad in zip(self._parameters, before, strict=True):
                 parameter.grad = grad

@@ -11,7 +11,8 @@ from .combination import combine_tiles
 from .config_rule import write_config_weights
 from .gramian import BLOCK_ROWS, block_sums, matrix_of_pairs, pair_sums, store_block
 
-# No compilation depends on the value of a number or on where a tensor lies: ALIGNED alone tells of the latter.
+# No compilation depends on the value of a number or on where a tensor lies: ALIGNED alone tells of the latter. Triton
+# takes no notice of this for the tensors of a tuple, nor of which stride needs more than 32 bits.
 UNSPECIALIZED = [
     "rows",
     "stride",

@@ -542,3 +542,19 @@ def test_what_a_row_held_before_is_gone_where_a_loss_no_longer_reaches():
     with buf.record(0):
         weights[1].sum().backward()
     assert buf.rows.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
+def test_two_buffers_do_not_record_the_same_parameter_at_once():
+    shared, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    outer, inner = fc.GradientBuffer([shared], 1), fc.GradientBuffer([shared, other], 1)
+    apart = fc.GradientBuffer([other], 1)
+    with outer.record(0):
+        (3 * shared).sum().backward()
+        with pytest.raises(RuntimeError, match=r"record\(0\) was called while another buffer over some of the same"):
+            inner.backward([(100 * shared).sum()])
+        with apart.record(0):
+            other.sum().backward()
+    assert outer.rows.tolist() == [[3.0, 3.0]]
+    assert apart.rows.tolist() == [[1.0, 1.0]]
+    inner.backward([(100 * shared).sum()])
+    assert inner.rows.tolist() == [[100.0, 100.0, 0.0, 0.0]]

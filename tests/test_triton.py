@@ -235,6 +235,17 @@ def test_deficient_spectra_give_the_truncated_pseudo_inverse(m: int, rank: int) 
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
 
 
+def test_the_eigen_decomposition_ends_because_it_has_converged() -> None:
+    """What is left beside the diagonal is rounding; without an end of its own it would run to the last sweep."""
+    m = 16
+    eigenvalues = torch.zeros(m, dtype=torch.float64)
+    eigenvalues[: m // 2] = torch.logspace(0, -3, m // 2, dtype=torch.float64)
+    backend.config_weights(spectrum_gramian(eigenvalues, seed=m), fc.ConFIG().rule)
+    (workspace,) = backend._WORKSPACES.values()
+    unit, diagonal = workspace.scratch[: 2 * m * m].view(2, m, m)
+    assert (diagonal - diagonal.diagonal().diag()).norm() <= torch.finfo(torch.float64).eps * unit.norm()
+
+
 @pytest.mark.parametrize(("m", "condition"), [*itertools.product([3, 16], [1e2, 1e6, 1e9, 1e11, 1e13]), (64, 1e9)])
 def test_ill_conditioned_gramians(m: int, condition: float) -> None:
     """Gauss-Jordan, its refusal, and truncation (past 1e12) join without a seam; both sides err by about eps·cond."""

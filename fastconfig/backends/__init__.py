@@ -85,7 +85,7 @@ def _automatic(device: torch.device) -> Backend:
             if reason is None:
                 return BACKENDS[name]
             if name == "triton":  # the CPU's backend warns for itself, and only where it was built and does not load
-                warnings.warn(f"fastconfig runs its slow reference on {device}: {reason}", stacklevel=4)
+                warnings.warn(f"fastconfig runs its slow reference on {device}: {reason}", stacklevel=5)
     return reference
 
 

@@ -8,7 +8,7 @@ the compiled backends: its matrix products are the BLAS's, whose last bits may d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -85,6 +85,20 @@ def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
     """The whole of ConFIG: Gramian, weights, and the combination into ``out`` (n,), with K and c kept where asked."""
+    combine_in_steps(gramian, config_weights, apply, rows, rule, out, gramian_out, weights_out)
+
+
+def combine_in_steps(
+    gramian: Callable[[Rows], Tensor],
+    config_weights: Callable[[Tensor, ConFIGRule], Tensor],
+    apply: Callable[[Rows, Tensor, Tensor], None],
+    rows: Rows,
+    rule: ConFIGRule,
+    out: Tensor,
+    gramian_out: Tensor | None,
+    weights_out: Tensor | None,
+) -> None:
+    """``config_combine`` by a backend's other functions, one after the other."""
     k = gramian(rows)
     c = config_weights(k, rule)
     apply(rows, c, out)

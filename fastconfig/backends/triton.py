@@ -141,7 +141,7 @@ def config_combine(
 ) -> None:
     """As reference.config_combine: two launches, or one where one program does it all. No callable length model."""
     if rows.m > geometry.SOLVED or rule.nonfinite == "raise" or not _has_kernel(rows):
-        _config_combine_in_steps(rows, rule, out, gramian_out, weights_out)
+        reference.combine_in_steps(gramian, config_weights, apply, rows, rule, out, gramian_out, weights_out)
         return
     workspace = _workspace(rows.device)
     with workspace.lock:
@@ -154,18 +154,6 @@ def config_combine(
         else:
             _launch_gramian(operand, workspace, k, c, rule)
             _launch_combination(operand, workspace, c, out)
-
-
-def _config_combine_in_steps(
-    rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None, weights_out: Tensor | None
-) -> None:
-    k = gramian(rows)
-    c = config_weights(k, rule)
-    apply(rows, c, out)
-    if gramian_out is not None:
-        gramian_out.copy_(k)
-    if weights_out is not None:
-        weights_out.copy_(c)
 
 
 def _has_kernel(rows: Rows) -> bool:
@@ -215,7 +203,8 @@ class Workspace:
     """Memory that launches on one stream share: partial sums, tickets, and the m×m numbers.
 
     Launches of one stream follow each other, so one workspace a stream is enough, as long as no other thread's
-    launches come between two that belong together: hence the lock.
+    launches come between two that belong together: hence the lock. It may be taken again by its holder: compiling a
+    kernel under it runs whatever Python runs meanwhile.
     """
 
     device: torch.device
@@ -229,7 +218,7 @@ class Workspace:
         self._m = self._partials = self._tickets = 0  # what there is room for; asking a tensor takes longer
 
     def reserve_square(self, m: int) -> None:
-        """Make room for the m×m problem; as in ``reserve_sums``, a steady state allocates nothing."""
+        """Make room for solving the m×m problem; as in ``reserve_sums``, a steady state allocates nothing."""
         if m > self._m:
             self.gramian = self.partials.new_empty(m * m)
             self.weights = self.partials.new_empty(m)
@@ -358,7 +347,6 @@ def _launch_few(
     rule: ConFIGRule | None,
     out: Tensor | None,
 ) -> None:
-    workspace.reserve_square(operand.m)
     partials = tickets = None
     if programs > 1:
         groups = -(-programs // launch.group)
@@ -406,7 +394,6 @@ def _launch_many(
     most = max(1, launch.programs * _describe(operand.device).multiprocessors // strip_pairs)
     programs = geometry.programs(operand.n, launch.warps * launch.depth, most, launch.group)
     groups = -(-programs // launch.group)
-    workspace.reserve_square(operand.m)
     workspace.reserve_sums(
         strip_pairs * (programs + groups) * launch.partial_elements(), 1 + strip_pairs * (1 + groups)
     )
