@@ -1,0 +1,1 @@
+"""M-ConFIG's step, once a backend: ``Segment``, as ``reference`` defines it."""
