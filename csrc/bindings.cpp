@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "momentum.hpp"
 
 namespace py = pybind11;
 
@@ -83,6 +84,36 @@ int64_t config_weights(std::uintptr_t gramian, int64_t m, const ConfigRule& rule
     return rule.weights(doubles(gramian), m, doubles(weights));
 }
 
+std::vector<void*> row_addresses(std::uintptr_t first, std::intptr_t step, int64_t m) {
+    std::vector<void*> result;
+    for (int64_t i = 0; i < m; ++i) result.push_back(reinterpret_cast<void*>(first + i * step));
+    return result;
+}
+
+typedef std::vector<std::tuple<std::uintptr_t, int64_t, int64_t, int>> Pieces;  // address, first column, count, group
+
+MomentumSegment momentum_segment(std::uintptr_t first, std::intptr_t step, int64_t m, std::uintptr_t second, int64_t n,
+                                 DType state, const Pieces& pieces) {
+    std::vector<MomentumPiece> native;
+    for (const auto& [address, column, count, group] : pieces)
+        native.push_back({reinterpret_cast<void*>(address), column, count, group});
+    return MomentumSegment(row_addresses(first, step, m), reinterpret_cast<void*>(second), n, state, std::move(native));
+}
+
+Recorded recorded(std::vector<int64_t> losses, const std::vector<std::uintptr_t>& gradients, DType dtype) {
+    Recorded result{std::move(losses), {}, dtype};
+    for (const std::uintptr_t address : gradients) result.gradient.push_back(reinterpret_cast<const void*>(address));
+    return result;
+}
+
+typedef std::vector<std::tuple<double, double, double, bool>> Groups;  // stay, rate, ε, assign
+
+StepRule step_rule(double beta1, double beta2, const Groups& groups) {
+    StepRule rule{beta1, beta2, {}};
+    for (const auto& [stay, rate, eps, assign] : groups) rule.group.push_back({stay, rate, eps, assign});
+    return rule;
+}
+
 std::vector<std::string> tier_names() {
     std::vector<std::string> names;
     for (const Tier* tier : tiers()) names.emplace_back(tier->name);
@@ -115,6 +146,35 @@ PYBIND11_MODULE(_core, module) {
             [](std::vector<double> direction, Length length, int64_t tracked, double rtol, NonFinite nonfinite) {
                 return ConfigRule{std::move(direction), length, tracked, rtol, nonfinite};
             }));
+    py::class_<Recorded>(module, "Recorded").def(py::init(&recorded));
+    py::class_<StepRule>(module, "StepRule").def(py::init(&step_rule));
+    py::class_<MomentumSegment>(module, "MomentumSegment")
+        .def(py::init(&momentum_segment))
+        .def("products",
+             [](const MomentumSegment& segment, const Recorded& recorded, std::uintptr_t scales, double beta1,
+                std::uintptr_t out, int threads) {
+                 py::gil_scoped_release release;
+                 segment.products(*active_tier, threads, recorded, doubles(scales), beta1, doubles(out));
+             })
+        .def("update",
+             [](const MomentumSegment& segment, const Recorded& recorded, const StepRule& rule, std::uintptr_t decision,
+                int threads) {
+                 py::gil_scoped_release release;
+                 segment.update(*active_tier, threads, recorded, rule, doubles(decision));
+             })
+        .def("update_square",
+             [](const MomentumSegment& segment, const Recorded& recorded, const StepRule& rule, std::uintptr_t decision,
+                int threads) {
+                 py::gil_scoped_release release;
+                 return segment.update_square(*active_tier, threads, recorded, rule, doubles(decision));
+             })
+        .def("step", [](const MomentumSegment& segment, const Recorded& recorded, const StepRule& rule,
+                        const ConfigRule& method, std::uintptr_t scales, bool found_inf, std::uintptr_t gramian,
+                        std::uintptr_t weights, std::uintptr_t counts, std::uintptr_t totals, int threads) {
+            py::gil_scoped_release release;
+            return segment.step(*active_tier, threads, recorded, rule, method, doubles(scales), found_inf,
+                                {doubles(gramian), doubles(weights), doubles(counts), doubles(totals)});
+        });
     module.attr("FINITE") = ConfigRule::kFinite;
     module.def("gramian", &gramian);
     module.def("apply", &apply);

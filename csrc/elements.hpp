@@ -51,6 +51,28 @@ INLINE inline Floats narrow(Doubles d) {
 #endif
 }
 
+INLINE inline Floats root(Floats f) {
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
+    return (Floats)_mm256_sqrt_ps((__m256)f);
+#elif FASTCONFIG_X86
+    return (Floats)_mm_sqrt_ps((__m128)f);
+#else
+    for (int lane = 0; lane < kLanes; ++lane) f[lane] = __builtin_sqrtf(f[lane]);
+    return f;
+#endif
+}
+
+INLINE inline Doubles root(Doubles d) {
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
+    return (Doubles)_mm512_maskz_sqrt_pd(0xff, (__m512d)d);
+#elif FASTCONFIG_X86
+    return (Doubles)_mm256_sqrt_pd((__m256d)d);
+#else
+    for (int lane = 0; lane < kLanes; ++lane) d[lane] = __builtin_sqrt(d[lane]);
+    return d;
+#endif
+}
+
 INLINE inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
 
 // A step is kStep neighbouring elements, read and written as kParts vectors of doubles. Which element goes to which
@@ -58,14 +80,20 @@ INLINE inline Words select(Words mask, Words yes, Words no) { return (mask & yes
 
 struct Float32 {
     typedef float Element;
+    typedef Floats Vector;  // as many elements as Doubles holds
     static constexpr int kParts = 1;
+    INLINE static Vector pack(Doubles d) { return narrow(d); }
+    INLINE static Doubles unpack(Vector v) { return widen(v); }
     INLINE static Doubles load(const float* p, int) { return widen(load_raw<Floats>(p)); }
     INLINE static void store(float* p, const Doubles* part) { store_raw(p, narrow(part[0])); }
 };
 
 struct Float64 {
     typedef double Element;
+    typedef Doubles Vector;
     static constexpr int kParts = 1;
+    INLINE static Vector pack(Doubles d) { return d; }
+    INLINE static Doubles unpack(Vector v) { return v; }
     INLINE static Doubles load(const double* p, int) { return load_raw<Doubles>(p); }
     INLINE static void store(double* p, const Doubles* part) { store_raw(p, part[0]); }
 };

@@ -28,6 +28,40 @@ struct Columns {
     int64_t count;
 };
 
+// M-ConFIG's averages and the gradients that enter them. The first k of the m averages are those with a new gradient.
+struct MomentumRows {
+    void* const* average;         // m rows of the state's type
+    const void* const* gradient;  // k rows
+    const double* enter;          // k: (1 - β₁) times what each gradient is scaled by
+    int64_t m, k;
+    double keep;  // β₁
+};
+
+// What a step writes, as moments.py's Decision says it.
+struct MomentumUpdate {
+    void* second;                           // n second moments
+    const double *forward, *backward;       // k, of the averages with a new gradient
+    void* const* old;                       // the other averages that take part
+    const double *old_forward, *old_mixed;  // their forward weights, and forward minus backward
+    int64_t old_count;
+    double gradient, second_unbiased, clip;
+    double beta2, enter_second;  // v ← β₂ v + enter_second (f_t - β₁ f_{t-1})²
+    bool measure;                // sum up the squared update and write nothing
+};
+
+// θ ← stay·θ + rate·update; or, where `assign`, the update itself, θ not being read.
+struct MomentumGroup {
+    double stay, rate, eps;
+    bool assign;
+};
+
+// A run of columns that lies in one parameter.
+struct MomentumPiece {
+    void* values;
+    int64_t first, count;
+    int group;
+};
+
 struct Tier {
     const char* name;
 
@@ -41,6 +75,19 @@ struct Tier {
     // (16-bit ones by way of float32); `stream` writes past the cache.
     void (*combine[kDTypes])(const void* const* row, const double* c, int64_t m, Columns columns, void* out,
                              bool stream);
+
+    // M-ConFIG's, by the state's type (float32, float64) and the gradients', which is no wider; else null.
+
+    // Doubles of scratch that momentum_products needs for k of m rows.
+    int64_t (*momentum_scratch)(int64_t m, int64_t k);
+
+    // partial (k, m) = the products of the new averages with all m, these k in their new state, too.
+    void (*momentum_products[2][kDTypes])(const MomentumRows& rows, Columns columns, double* partial, double* scratch);
+
+    // Writes the columns' averages and, where they have a group, second moments and parameters, which begin in `piece`
+    // or after it. Returns Σ update² where it only measures.
+    double (*momentum_update[2][kDTypes])(const MomentumRows& rows, const MomentumUpdate& update,
+                                          const MomentumGroup* group, const MomentumPiece* piece, Columns columns);
 };
 
 // Tiers this build has, best last; nullptr where the architecture or the compiler lacks one.

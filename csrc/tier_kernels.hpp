@@ -10,11 +10,23 @@
 #include "elements.hpp"
 // elements.hpp first: the others are written in its terms.
 #include "combine.hpp"
+#include "convert.hpp"
 #include "gramian.hpp"
+// after them: it streams by combine.hpp's strips and multiplies by gramian.hpp's tiles.
+#include "moments.hpp"
 
 #undef INLINE
 
 const Tier kTier = {FASTCONFIG_TIER_NAME,
                     scratch_size,
                     {gramian<Float32>, gramian<Float64>, gramian<BFloat16>, gramian<Float16>},
-                    {combine<Float32>, combine<Float64>, combine<BFloat16>, combine<Float16>}};
+                    {combine<Float32>, combine<Float64>, combine<BFloat16>, combine<Float16>},
+                    momentum_scratch,
+                    {{momentum_products<Float32, Float32>, nullptr, momentum_products<Float32, BFloat16>,
+                      momentum_products<Float32, Float16>},
+                     {momentum_products<Float64, Float32>, momentum_products<Float64, Float64>,
+                      momentum_products<Float64, BFloat16>, momentum_products<Float64, Float16>}},
+                    {{momentum_update<Float32, Float32>, nullptr, momentum_update<Float32, BFloat16>,
+                      momentum_update<Float32, Float16>},
+                     {momentum_update<Float64, Float32>, momentum_update<Float64, Float64>,
+                      momentum_update<Float64, BFloat16>, momentum_update<Float64, Float16>}}};

@@ -1,5 +1,6 @@
 """The compiled core, ``csrc/bindings.cpp``: addresses in, results in place. Private to ``backends.cpu``."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 class DType:
@@ -48,3 +49,39 @@ def config_weights(gramian: int, m: int, rule: ConfigRule, weights: int, /) -> i
 def tiers() -> list[str]: ...
 def active_tier() -> str: ...
 def use_tier(name: str, /) -> None: ...
+
+class Recorded:
+    def __init__(self, losses: Sequence[int], gradients: list[int], dtype: DType, /) -> None: ...
+
+class StepRule:
+    def __init__(self, beta1: float, beta2: float, groups: list[tuple[float, float, float, bool]], /) -> None: ...
+
+class MomentumSegment:
+    def __init__(
+        self,
+        first: int,
+        step: int,
+        m: int,
+        second: int,
+        n: int,
+        state: DType,
+        pieces: list[tuple[int, int, int, int]],
+        /,
+    ) -> None: ...
+    def products(self, recorded: Recorded, scales: int, beta1: float, out: int, threads: int, /) -> None: ...
+    def update(self, recorded: Recorded, rule: StepRule, decision: int, threads: int, /) -> None: ...
+    def update_square(self, recorded: Recorded, rule: StepRule, decision: int, threads: int, /) -> float: ...
+    def step(
+        self,
+        recorded: Recorded,
+        rule: StepRule,
+        method: ConfigRule,
+        scales: int,
+        found_inf: bool,
+        gramian: int,
+        weights: int,
+        counts: int,
+        totals: int,
+        threads: int,
+        /,
+    ) -> int: ...

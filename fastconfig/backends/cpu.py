@@ -22,7 +22,7 @@ except ImportError as error:
         warnings.warn(f"fastconfig's compiled core does not load, the slow reference runs: {error}", stacklevel=2)
 else:
     _IMPORT_ERROR = ""
-    _DTYPES = {
+    DTYPES = {
         torch.float32: _core.DType.float32,
         torch.float64: _core.DType.float64,
         torch.bfloat16: _core.DType.bfloat16,
@@ -55,7 +55,7 @@ def use_tier(name: str) -> None:
 def gramian(rows: Rows) -> Tensor:
     """As reference.gramian, in one pass over the rows."""
     result = torch.empty(rows.m, rows.m, dtype=torch.float64)
-    _core.gramian(_addresses(rows), rows.n, _DTYPES[rows.dtype], result.data_ptr(), torch.get_num_threads())
+    _core.gramian(_addresses(rows), rows.n, DTYPES[rows.dtype], result.data_ptr(), torch.get_num_threads())
     return result
 
 
@@ -65,7 +65,7 @@ def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
     _core.apply(
         _addresses(rows),
         rows.n,
-        _DTYPES[rows.dtype],
+        DTYPES[rows.dtype],
         weights.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
@@ -78,7 +78,7 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
         return reference.config_weights(gramian, rule)
     gramian = gramian.contiguous()
     weights = torch.empty(len(gramian), dtype=torch.float64)
-    bad = _core.config_weights(gramian.data_ptr(), len(gramian), _native(rule, len(gramian)), weights.data_ptr())
+    bad = _core.config_weights(gramian.data_ptr(), len(gramian), native_rule(rule, len(gramian)), weights.data_ptr())
     if bad != _core.FINITE:
         raise FloatingPointError(nonfinite_message(bad))
     return weights
@@ -91,8 +91,8 @@ def config_combine(
     bad = _core.config_combine(
         _addresses(rows),
         rows.n,
-        _DTYPES[rows.dtype],
-        _native(rule, rows.m),
+        DTYPES[rows.dtype],
+        native_rule(rule, rows.m),
         out.data_ptr(),
         0 if gramian_out is None else gramian_out.data_ptr(),
         0 if weights_out is None else weights_out.data_ptr(),
@@ -111,7 +111,7 @@ def _addresses(rows: Rows) -> tuple[int, int, int] | list[int]:
 
 
 @lru_cache(maxsize=256)
-def _native(rule: ConFIGRule, m: int) -> _core.ConfigRule:
+def native_rule(rule: ConFIGRule, m: int) -> _core.ConfigRule:
     """The rule as the core reads it; a negative index of a tracked loss counts from the end."""
     if isinstance(rule.length, int):
         length, tracked = _core.Length.tracked, rule.length % m
