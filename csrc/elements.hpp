@@ -51,26 +51,13 @@ INLINE inline Floats narrow(Doubles d) {
 #endif
 }
 
-INLINE inline Floats root(Floats f) {
-#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
-    return (Floats)_mm256_sqrt_ps((__m256)f);
-#elif FASTCONFIG_X86
-    return (Floats)_mm_sqrt_ps((__m128)f);
-#else
-    for (int lane = 0; lane < kLanes; ++lane) f[lane] = __builtin_sqrtf(f[lane]);
-    return f;
-#endif
-}
-
-INLINE inline Doubles root(Doubles d) {
-#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
-    return (Doubles)_mm512_maskz_sqrt_pd(0xff, (__m512d)d);
-#elif FASTCONFIG_X86
-    return (Doubles)_mm256_sqrt_pd((__m256d)d);
-#else
-    for (int lane = 0; lane < kLanes; ++lane) d[lane] = __builtin_sqrt(d[lane]);
-    return d;
-#endif
+// Square roots of any vector, lane by lane: the compilers make the widest instructions of it.
+template <class V>
+INLINE inline V root(V v) {
+    constexpr int lanes = sizeof(V) / sizeof(v[0]);
+    for (int lane = 0; lane < lanes; ++lane)
+        v[lane] = sizeof(v[0]) == 4 ? __builtin_sqrtf(v[lane]) : __builtin_sqrt(v[lane]);
+    return v;
 }
 
 INLINE inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }

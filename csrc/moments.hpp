@@ -4,7 +4,17 @@
 // S is the state's type, float or double; P, no wider, the gradients' and parameters'. What is of type P is made S a
 // strip at a time, in the first-level cache, so that every loop that follows is written once.
 
-constexpr int kMixed = 4;  // averages added side by side: each has two weights in registers
+#if FASTCONFIG_VECTOR_BYTES == 64
+constexpr int kMixed = 8;  // averages added side by side, each with two weights in registers
+#else
+constexpr int kMixed = 4;
+#endif
+
+constexpr int kLine = 8;  // averages that one new average is multiplied by side by side
+
+constexpr int64_t kLinePanel = 2048;  // columns of that one which stay in the first-level cache meanwhile
+
+constexpr int64_t kMomentumStrip = 512;  // columns whose two sums stay in the first-level cache while rows pass
 
 // The new average, rounded as it is stored.
 template <class S>
@@ -54,6 +64,119 @@ inline typename S::Element* column_of(void* average, int64_t first) {
     return static_cast<typename S::Element*>(average) + first;
 }
 
+// A strip's part in an average with a new gradient.
+template <class S>
+struct NewRow {
+    typename S::Element* average;
+    const typename S::Element* gradient;
+    double keep, enter, forward, backward;
+    bool store;  // the new average, too
+};
+
+// x ← x/(√(v·unbias) + ε), of a vector.
+template <class V>
+INLINE inline V divided(V x, V v, V unbias, V eps) {
+    return x / (root(v * unbias) + eps);
+}
+
+// Of two: a register that holds both takes no longer than one.
+template <class V>
+INLINE inline void divide(V* x, const V* v, V unbias, V eps) {
+#if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 32
+    if constexpr (sizeof(V) == 16) {
+        typedef float Both __attribute__((vector_size(32)));
+        const auto both = [](V low, V high) INLINE { return (Both)_mm256_set_m128((__m128)high, (__m128)low); };
+        const Both quotient = divided(both(x[0], x[1]), both(v[0], v[1]), both(unbias, unbias), both(eps, eps));
+        x[0] = (V)_mm256_castps256_ps128((__m256)quotient);
+        x[1] = (V)_mm256_extractf128_ps((__m256)quotient, 1);
+        return;
+    }
+#endif
+    for (int i = 0; i < 2; ++i) x[i] = divided(x[i], v[i], unbias, eps);
+}
+
+// A strip's new average into `fresh`, which may be where the old one lies.
+template <class S>
+void blend(const typename S::Element* old, const typename S::Element* gradient, int64_t count, double keep_,
+           double enter_, typename S::Element* fresh) {
+    const Doubles keep = Doubles{} + keep_, enter = Doubles{} + enter_;
+    for_each_vector_of(count, [&](int64_t k, int64_t left) INLINE {
+        const Doubles x = load_some<S>(old + k, left), g = load_some<S>(gradient + k, left);
+        store_some<S>(fresh + k, blended<S>(x, g, keep, enter), left);
+    });
+}
+
+// The products of a panel of one new average with C others, added to as many vectors of sums; where New, the average is
+// formed on the way, its square joins the sums before theirs, and it is kept where `fresh` is given.
+template <class S, bool New, int C>
+void line(const NewRow<S>& row, const void* const* others, int64_t count, typename S::Element* fresh, double* sums) {
+    constexpr int terms = C + New;
+    constexpr int chains = 2 * terms + C + 2 <= kRegisters ? 2 : 1;  // few sums alone would wait for each other's FMA
+    const typename S::Element* p[C + 1];
+    Doubles acc[chains][terms] = {};
+    for (int c = 0; c < C; ++c) p[c] = static_cast<const typename S::Element*>(others[c]);
+    const Doubles keep = Doubles{} + row.keep, enter = Doubles{} + row.enter;
+    const auto add = [&](int64_t k, int64_t left, int chain) INLINE {
+        Doubles x;
+        if (New) {
+            x = blended<S>(load_some<S>(row.average + k, left), load_some<S>(row.gradient + k, left), keep, enter);
+            if (fresh != nullptr) store_some<S>(fresh + k, x, left);
+            acc[chain][0] += x * x;
+        } else {
+            x = load_some<S>(fresh + k, left);
+        }
+        for (int c = 0; c < C; ++c) {
+            if (C == kLine && chain == 0) __builtin_prefetch(p[c] + k + kLinePanel, 0, 2);
+            acc[chain][New + c] += x * load_some<S>(p[c] + k, left);
+        }
+    };
+    int64_t k = 0;
+    for (; k + chains * kLanes <= count; k += chains * kLanes)
+        for (int chain = 0; chain < chains; ++chain) add(k + chain * kLanes, kLanes, chain);
+    for (; k < count; k += kLanes) add(k, at_most(count - k, kLanes), 0);
+    for (int e = 0; e < terms; ++e) {
+        Doubles total = load_raw<Doubles>(sums + e * kLanes) + acc[0][e];
+        if (chains == 2) total += acc[chains - 1][e];
+        store_raw(sums + e * kLanes, total);
+    }
+}
+
+// The line of `others` rows, for up to kLine.
+template <class S, bool New, int C = kLine, class... Rest>
+void line_of(int64_t others, Rest&&... rest) {
+    if constexpr (C > 0)
+        if (others < C) return line_of<S, New, C - 1>(others, rest...);
+    if constexpr (C + New > 0) line<S, New, C>(rest...);
+}
+
+// The products where one average of the m is new: partial (m).
+template <class S, class P>
+void products_of_one(const MomentumRows& rows, Columns columns, double* partial, double* scratch) {
+    typedef typename S::Element Element;
+    const int64_t m = rows.m, last = columns.first + columns.count;
+    double* sums = scratch;
+    __builtin_memset(sums, 0, m * kLanes * sizeof *sums);
+    const void** at = reinterpret_cast<const void**>(sums + m * kLanes);
+    alignas(64) Element room[kLinePanel], kept[kLinePanel];
+    for (int64_t first = columns.first; first < last; first += kLinePanel) {
+        const Columns panel = {first, at_most(last - first, kLinePanel)};
+        for (int64_t i = 0; i < m; ++i) at[i] = column_of<S>(rows.average[i], first);
+        const NewRow<S> row = {column_of<S>(rows.average[0], first),
+                               in_state_type<S, P>(rows.gradient[0], panel, room),
+                               rows.keep,
+                               rows.enter[0],
+                               0.0,
+                               0.0,
+                               false};
+        Element* fresh = m - 1 > kLine ? kept : nullptr;
+        const int64_t beside = at_most(m - 1, kLine);
+        line_of<S, true>(beside, row, at + 1, panel.count, fresh, sums);
+        for (int64_t j = 1 + beside; j < m; j += kLine)
+            line_of<S, false>(at_most(m - j, kLine), row, at + j, panel.count, fresh, sums + j * kLanes);
+    }
+    for (int64_t j = 0; j < m; ++j) partial[j] = sum(load_raw<Doubles>(sums + j * kLanes));
+}
+
 // Tiles of pairs of the k new averages among themselves, then with the others; as for_each_tile.
 template <class Tile, class Triangle>
 inline void for_each_new_tile(int64_t m, int64_t k, double* sums, Tile tile, Triangle triangle) {
@@ -79,7 +202,7 @@ inline int64_t momentum_scratch(int64_t m, int64_t k) {
 }
 
 template <class S, class P>
-void momentum_products(const MomentumRows& rows, Columns columns, double* partial, double* scratch) {
+void products_of_several(const MomentumRows& rows, Columns columns, double* partial, double* scratch) {
     typedef typename S::Element Element;
     const int64_t m = rows.m, k = rows.k, last = columns.first + columns.count;
     const int64_t width = panel_columns(m + k, sizeof(Element));
@@ -88,7 +211,6 @@ void momentum_products(const MomentumRows& rows, Columns columns, double* partia
     const void** at = reinterpret_cast<const void**>(sums + new_sums_size(m, k));
     Element* fresh = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(at + m) + 63) & ~uintptr_t{63});
     Element* room = fresh + k * width;
-    const Doubles keep = Doubles{} + rows.keep;
     for (int64_t first = columns.first; first < last; first += width) {
         const Columns panel = {first, at_most(last - first, width)};
         const int64_t after = first + panel.count;
@@ -100,11 +222,7 @@ void momentum_products(const MomentumRows& rows, Columns columns, double* partia
             const Element* old = static_cast<const Element*>(at[i]);
             const Element* gradient = in_state_type<S, P>(rows.gradient[i], panel, room);
             Element* target = fresh + i * width;
-            const Doubles enter = Doubles{} + rows.enter[i];
-            for_each_vector_of(panel.count, [&](int64_t e, int64_t left) INLINE {
-                const Doubles x = load_some<S>(old + e, left), g = load_some<S>(gradient + e, left);
-                store_some<S>(target + e, blended<S>(x, g, keep, enter), left);
-            });
+            blend<S>(old, gradient, panel.count, rows.keep, rows.enter[i], target);
             at[i] = target;
         }
         for_each_new_tile(
@@ -134,98 +252,153 @@ void momentum_products(const MomentumRows& rows, Columns columns, double* partia
         });
 }
 
+template <class S, class P>
+void momentum_products(const MomentumRows& rows, Columns columns, double* partial, double* scratch) {
+    return (rows.k == 1 ? products_of_one<S, P> : products_of_several<S, P>)(rows, columns, partial, scratch);
+}
+
 // What a strip's columns sum up to: f_t = Σ forward_i m_i, and f_t - β₁ f_{t-1}, which is (1 - β₁) q.
 struct Sums {
-    alignas(64) double f[kStrip];
-    alignas(64) double difference[kStrip];
+    alignas(64) double f[kMomentumStrip];
+    alignas(64) double difference[kMomentumStrip];
 };
 
-// Starts or continues the sums with a row that has a new gradient, and stores its new average where told to.
-template <class S, bool First>
-void add_new_row(typename S::Element* average, const typename S::Element* gradient, int64_t count, double keep_,
-                 double enter_, double forward_, double backward_, bool store, Sums& sums) {
-    const Doubles keep = Doubles{} + keep_, enter = Doubles{} + enter_;
-    const Doubles forward = Doubles{} + forward_, backward = Doubles{} + backward_;
-    for_each_vector_of(count, [&](int64_t k, int64_t left) INLINE {
-        const Doubles old = load_some<S>(average + k, left);
-        const Doubles fresh = blended<S>(old, load_some<S>(gradient + k, left), keep, enter);
-        if (store) store_some<S>(average + k, fresh, left);
-        Doubles f = forward * fresh, difference = f - backward * old;
-        if (!First) {
-            f += load_raw<Doubles>(sums.f + k);
-            difference += load_raw<Doubles>(sums.difference + k);
-        }
-        store_raw(sums.f + k, f);
-        store_raw(sums.difference + k, difference);
-    });
-}
-
-// Adds R rows whose averages stay: sums.f += Σ forward_i m_i, sums.difference += Σ (forward_i - backward_i) m_i.
-template <class S, int R>
-void add_old_rows(void* const* average, const double* forward, const double* mixed, Columns columns, Sums& sums) {
-    const typename S::Element* p[R];
-    Doubles f_weight[R], d_weight[R];
-    for (int i = 0; i < R; ++i) {
-        p[i] = column_of<S>(average[i], columns.first);
-        f_weight[i] = Doubles{} + forward[i];
-        d_weight[i] = Doubles{} + mixed[i];
-    }
-    for_each_vector_of(columns.count, [&](int64_t k, int64_t left) INLINE {
-        Doubles f = load_raw<Doubles>(sums.f + k), difference = load_raw<Doubles>(sums.difference + k);
-        for (int i = 0; i < R; ++i) {
-            const Doubles x = load_some<S>(p[i] + k, left);
-            f += f_weight[i] * x;
-            difference += d_weight[i] * x;
-        }
-        store_raw(sums.f + k, f);
-        store_raw(sums.difference + k, difference);
-    });
-}
-
+// Where a strip's second moments and parameters lie.
 template <class S>
-void add_all_old_rows(const MomentumUpdate& update, Columns columns, Sums& sums) {
-    int64_t i = 0;
-    const auto add = [&](auto adder, int64_t rows) {
-        adder(update.old + i, update.old_forward + i, update.old_mixed + i, columns, sums);
-        i += rows;
-    };
-    while (update.old_count - i >= kMixed) add(add_old_rows<S, kMixed>, kMixed);
-    switch (update.old_count - i) {
-        case 1: return add(add_old_rows<S, 1>, 1);
-        case 2: return add(add_old_rows<S, 2>, 2);
-        case 3: return add(add_old_rows<S, 3>, 3);
-        default: return;
-    }
-}
+struct Place {
+    typename S::Element *second, *theta;
+    const MomentumGroup* group;
+};
 
-// Second moment and parameters of a strip from its sums. Returns Σ update², unscaled, where Measure, and then writes
-// nothing.
-template <class S, bool Measure>
-double finish(const Sums& sums, const MomentumUpdate& update, const MomentumGroup& group, int64_t count,
-              typename S::Element* second, typename S::Element* theta) {
+constexpr int kUnfinished = 0, kWritten = 1, kMeasured = 2;
+
+// One sweep over a strip: the sums begin with a row that has a new gradient (Begin, New), or go on; R averages that
+// stay join them; then they are kept (kUnfinished), make second moments and parameters (kWritten), or Σ update², which
+// is returned (kMeasured). Few rows need one sweep, in which no sum leaves the registers.
+template <class S, bool Begin, bool New, int R, int End>
+double sweep(int64_t count, Sums& sums, const NewRow<S>& row, const MomentumUpdate& update, int64_t first_old,
+             int64_t column, const Place<S>& place) {
     typedef typename S::Vector Vector;
     typedef typename S::Element Element;
-    const Doubles keep = Doubles{} + update.beta2, enter = Doubles{} + update.enter_second;
+    const Element* p[R + 1];
+    Doubles old_forward[R + 1], old_mixed[R + 1];
+    for (int i = 0; i < R; ++i) {
+        p[i] = column_of<S>(update.old[first_old + i], column);
+        old_forward[i] = Doubles{} + update.old_forward[first_old + i];
+        old_mixed[i] = Doubles{} + update.old_mixed[first_old + i];
+    }
+    const Doubles keep = Doubles{} + row.keep, enter = Doubles{} + row.enter;
+    const Doubles forward = Doubles{} + row.forward, backward = Doubles{} + row.backward;
+    const Doubles keep_second = Doubles{} + update.beta2, enter_second = Doubles{} + update.enter_second;
     const Doubles gradient = Doubles{} + update.gradient;
     const Vector unbias = Vector{} + static_cast<Element>(update.second_unbiased);
-    const Vector eps = Vector{} + static_cast<Element>(group.eps);
-    const Doubles stay = Doubles{} + group.stay, rate = Doubles{} + group.rate * update.clip;
+    const Vector eps = Vector{} + static_cast<Element>(End ? place.group->eps : 0.0);
+    const Doubles stay = Doubles{} + (End ? place.group->stay : 0.0);
+    const Doubles rate = Doubles{} + (End ? place.group->rate * update.clip : 0.0);
+    // Copies in registers: a store to a row might else change the address that it is told by.
+    Element *const average = row.average, *const second = place.second, *const theta = place.theta;
+    const Element* const entering = row.gradient;
+    const bool store = row.store;
     Doubles square = {};
-    for_each_vector_of(count, [&](int64_t k, int64_t left) INLINE {
-        const Doubles difference = load_raw<Doubles>(sums.difference + k);
-        const Doubles v = keep * load_some<S>(second + k, left) + enter * (difference * difference);
-        const Vector stored = S::pack(v);
-        const Vector step = S::pack(gradient * load_raw<Doubles>(sums.f + k)) / (root(stored * unbias) + eps);
-        if (Measure) {
-            Doubles wide = S::unpack(step);
-            for (int64_t lane = left; lane < kLanes; ++lane) wide[lane] = 0.0;  // 0/0 with ε = 0
-            square += wide * wide;
+    // The sums of a vector of columns, whose second moment is written, too; what is left to do is to divide.
+    const auto add = [&](int64_t k, int64_t left, Doubles& f, Vector& stored) INLINE {
+        Doubles difference;
+        if (!Begin) {
+            f = load_raw<Doubles>(sums.f + k);
+            difference = load_raw<Doubles>(sums.difference + k);
+        }
+        if (New) {
+            const Doubles old = load_some<S>(average + k, left);
+            const Doubles fresh = blended<S>(old, load_some<S>(entering + k, left), keep, enter);
+            if (store) store_some<S>(average + k, fresh, left);
+            const Doubles added = forward * fresh;
+            f = Begin ? added : f + added;
+            difference = (Begin ? added : difference + added) - backward * old;
+        }
+        for (int i = 0; i < R; ++i) {
+            const Doubles x = load_some<S>(p[i] + k, left);
+            f += old_forward[i] * x;
+            difference += old_mixed[i] * x;
+        }
+        if (End == kUnfinished) {
+            store_raw(sums.f + k, f);
+            store_raw(sums.difference + k, difference);
             return;
         }
-        store_some<S>(second + k, S::unpack(stored), left);
-        store_some<S>(theta + k, stay * load_some<S>(theta + k, left) + rate * S::unpack(step), left);
-    });
-    return Measure ? sum(square) : 0.0;
+        const Doubles v = keep_second * load_some<S>(second + k, left) + enter_second * (difference * difference);
+        stored = S::pack(v);
+        if (End == kWritten) store_some<S>(second + k, S::unpack(stored), left);
+    };
+    const auto write = [&](int64_t k, int64_t left, Vector step) INLINE {
+        if (End == kMeasured) {
+            Doubles wide = S::unpack(step);
+            for (int64_t lane = left; lane < kLanes; ++lane) wide[lane] = 0.0;  // with ε = 0 it is 0/0
+            square += wide * wide;
+        } else {
+            const Doubles moved = stay * load_some<S>(theta + k, left) + rate * S::unpack(step);
+            store_some<S>(theta + k, moved, left);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+        Doubles f[2];
+        Vector stored[2];
+        for (int i = 0; R == kMixed && i < R; ++i) __builtin_prefetch(p[i] + k + kMomentumStrip, 0, 2);
+        for (int half = 0; half < 2; ++half) add(k + half * kLanes, kLanes, f[half], stored[half]);
+        if (End == kUnfinished) continue;
+        Vector step[2] = {S::pack(gradient * f[0]), S::pack(gradient * f[1])};
+        divide(step, stored, unbias, eps);
+        for (int half = 0; half < 2; ++half) write(k + half * kLanes, kLanes, step[half]);
+    }
+    for (; k < count; k += kLanes) {
+        const int64_t left = at_most(count - k, kLanes);
+        Doubles f;
+        Vector stored;
+        add(k, left, f, stored);
+        if (End == kUnfinished) continue;
+        write(k, left, divided(S::pack(gradient * f), stored, unbias, eps));
+    }
+    return End == kMeasured ? sum(square) : 0.0;
+}
+
+// The sweep of R rows, for R up to kMixed.
+template <class S, bool Begin, bool New, int End, int R = kMixed, class... Rest>
+double sweep_of(int64_t rows, Rest&&... rest) {
+    if constexpr (R > 0)
+        if (rows < R) return sweep_of<S, Begin, New, End, R - 1>(rows, rest...);
+    return sweep<S, Begin, New, R, End>(rest...);
+}
+
+// All rows of a strip, and then its end.
+template <class S, int End, class NewRowOf>
+double sweep_all(const MomentumRows& rows, NewRowOf new_row, const MomentumUpdate& update, Columns strip,
+                 const Place<S>& place) {
+    const int64_t count = strip.count, column = strip.first;
+    Sums sums;
+    if (rows.k == 1 && update.old_count <= kMixed)
+        return sweep_of<S, true, true, End>(update.old_count, count, sums, new_row(0), update, 0, column, place);
+    for (int64_t i = 0; i < rows.k; ++i) {
+        const NewRow<S> row = new_row(i);
+        const bool ends = i == rows.k - 1 && update.old_count == 0;
+        const auto one = i == 0 ? ends ? sweep<S, true, true, 0, End> : sweep<S, true, true, 0, kUnfinished>
+                         : ends ? sweep<S, false, true, 0, End>
+                                : sweep<S, false, true, 0, kUnfinished>;
+        const double square = one(count, sums, row, update, 0, column, place);
+        if (ends) return square;
+    }
+    int64_t i = 0;
+    for (; update.old_count - i > kMixed; i += kMixed)
+        sweep<S, false, false, kMixed, kUnfinished>(count, sums, {}, update, i, column, place);
+    return sweep_of<S, false, false, End>(update.old_count - i, count, sums, NewRow<S>{}, update, i, column, place);
+}
+
+// Stores a strip's new averages, and no more.
+template <class S, class NewRowOf>
+void store_new_rows(const MomentumRows& rows, NewRowOf new_row, int64_t count) {
+    for (int64_t i = 0; i < rows.k; ++i) {
+        const NewRow<S> row = new_row(i);
+        blend<S>(row.average, row.gradient, count, row.keep, row.enter, row.average);
+    }
 }
 
 // Reads or writes the parameters of a strip, which may be spread over several pieces, the first being `piece`.
@@ -255,24 +428,27 @@ double momentum_update(const MomentumRows& rows, const MomentumUpdate& update, c
     typedef typename S::Element Element;
     constexpr bool same = sizeof(Element) == sizeof(typename P::Element);
     const int64_t last = columns.first + columns.count;
-    const bool writes = !update.measure;
-    Sums sums;
-    alignas(64) Element room[kStrip], gathered[kStrip];
+    alignas(64) Element room[kMomentumStrip], gathered[kMomentumStrip];
     double square = 0.0;
-    for (int64_t first = columns.first; first < last; first += kStrip) {
-        const Columns strip = {first, at_most(last - first, kStrip)};
-        for (int64_t i = 0; i < rows.k; ++i) {
-            const Element* gradient = in_state_type<S, P>(rows.gradient[i], strip, room);
-            const auto add = i == 0 ? add_new_row<S, true> : add_new_row<S, false>;
-            add(column_of<S>(rows.average[i], first), gradient, strip.count, rows.keep, rows.enter[i],
-                update.forward[i], update.backward[i], writes, sums);
+    for (int64_t first = columns.first; first < last; first += kMomentumStrip) {
+        const Columns strip = {first, at_most(last - first, kMomentumStrip)};
+        const auto new_row = [&](int64_t i) {
+            return NewRow<S>{column_of<S>(rows.average[i], first),
+                             in_state_type<S, P>(rows.gradient[i], strip, room),
+                             rows.keep,
+                             rows.enter[i],
+                             update.forward[i],
+                             update.backward[i],
+                             !update.measure};
+        };
+        if (group == nullptr) {
+            store_new_rows<S>(rows, new_row, strip.count);
+            continue;
         }
-        if (group == nullptr) continue;
-        add_all_old_rows<S>(update, strip, sums);
-        Element* second = column_of<S>(update.second, first);
         while (piece->first + piece->count <= first) ++piece;
+        Element* second = column_of<S>(update.second, first);
         if (update.measure) {
-            square += finish<S, true>(sums, update, *group, strip.count, second, nullptr);
+            square += sweep_all<S, kMeasured>(rows, new_row, update, strip, {second, nullptr, group});
             continue;
         }
         const bool whole = same && first + strip.count <= piece->first + piece->count;
@@ -282,7 +458,7 @@ double momentum_update(const MomentumRows& rows, const MomentumUpdate& update, c
         } else if (!whole) {
             gather<S, P>(piece, strip, theta);
         }
-        finish<S, false>(sums, update, *group, strip.count, second, theta);
+        sweep_all<S, kWritten>(rows, new_row, update, strip, {second, theta, group});
         if (!whole) scatter<S, P>(piece, strip, theta);
     }
     return square;
