@@ -1,5 +1,6 @@
 """Conflict-free gradients for training on several losses. Start with ``combine`` or ``GradientBuffer``."""
 
+from fastconfig import optim
 from fastconfig.api import combine, gramian
 from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
@@ -7,4 +8,14 @@ from fastconfig.diagnostics import show_config
 from fastconfig.methods import ConFIG, Method
 from fastconfig.version import __version__
 
-__all__ = ["Combination", "ConFIG", "GradientBuffer", "Method", "__version__", "combine", "gramian", "show_config"]
+__all__ = [
+    "Combination",
+    "ConFIG",
+    "GradientBuffer",
+    "Method",
+    "__version__",
+    "combine",
+    "gramian",
+    "optim",
+    "show_config",
+]

@@ -29,7 +29,7 @@ def combine_rows(
         backend.config_combine(rows, method.rule, out, gramian_out, weights_out)
         return
     gramian = backend.gramian(rows)
-    weights = check_method_weights(_weights_of(method, gramian), gramian, method)
+    weights = check_method_weights(weights_of(method, gramian), gramian, method)
     backend.apply(rows, weights, out)
     if gramian_out is not None:
         gramian_out.copy_(gramian)
@@ -53,7 +53,7 @@ def combine_segments(segments: Sequence[tuple[Rows, Tensor]], method: Method, gr
     gramian.zero_()
     for rows, out in segments:
         gramian += _backend_of(rows, out).gramian(rows).to(gramian.device)
-    weights.copy_(check_method_weights(_weights_of(method, gramian), gramian, method))
+    weights.copy_(check_method_weights(weights_of(method, gramian), gramian, method))
     for rows, out in segments:
         _backend_of(rows, out).apply(rows, weights.to(rows.device), out)
 
@@ -62,7 +62,8 @@ def _backend_of(rows: Rows, out: Tensor) -> Backend:
     return backend_for(rows.device, None, is_traced(rows.matrix, rows.vectors, out))
 
 
-def _weights_of(method: Method, gramian: Tensor) -> object:
+def weights_of(method: Method, gramian: Tensor) -> object:
+    """What a method answers, unchecked. TypeError where it is no method."""
     if isinstance(method, type) or not callable(getattr(method, "weights", None)):
         raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
     return method.weights(gramian)

@@ -13,7 +13,7 @@ from oracle import as_numpy, assert_matches, config
 from torch import nn
 
 import fastconfig as fc
-from fastconfig.buffer import ROW_BYTES
+from fastconfig.landing import ROW_BYTES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -550,7 +550,7 @@ def test_two_buffers_do_not_record_the_same_parameter_at_once():
     apart = fc.GradientBuffer([other], 1)
     with outer.record(0):
         (3 * shared).sum().backward()
-        with pytest.raises(RuntimeError, match=r"record\(0\) was called while another buffer over some of the same"):
+        with pytest.raises(RuntimeError, match=r"record\(0\) was called while another buffer or optimizer over some"):
             inner.backward([(100 * shared).sum()])
         with apart.record(0):
             other.sum().backward()

@@ -1,0 +1,488 @@
+"""MConFIG: ConFIG on moving averages of the losses' gradients, a few of which are backpropagated a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fastconfig import landing
+from fastconfig.backends.momentum import Segment, segment_on
+from fastconfig.combination import Combination
+from fastconfig.landing import GradientRows
+from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
+from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
+from fastconfig.momentum import combination_of, take_step
+from fastconfig.optim.selection import LossSelector, Selection
+from fastconfig.optim.state import copy_state, packed_state
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class _Place(NamedTuple):
+    """Where a parameter's columns are."""
+
+    segment: int
+    first: int
+    group: int
+    memory: Tensor
+    """(columns,) the parameter's own memory, real."""
+
+
+class MConFIG(torch.optim.Optimizer):
+    """Momentum ConFIG: each step backpropagates some of the losses, and combines the moving averages of all.
+
+    A step costs one backward pass or a few instead of m. Each loss's gradient enters its own average; a method, ConFIG,
+    combines the averages, freed of bias; and the result is scaled element by element as Adam's is, by the second moment
+    of the gradient whose average the result would be. Nothing is updated until every loss has been recorded once.
+    A step whose gradient is not finite changes nothing: neither parameters nor averages nor counters.
+
+    Source: ConFIG, arXiv 2408.11104, section 3.3 and algorithm 1; ``fastconfig.backends.momentum.reference`` has the
+    formulas.
+
+    Args:
+        params: parameters, or dicts of parameter groups with ``lr``, ``weight_decay``, ``eps`` or ``maximize`` of their
+            own. float32, float64, bfloat16, float16 or complex. Those that need no gradient now are left out for good;
+            those that need none later rest until they do again. One that no loss has reached is left alone.
+        lr: learning rate, a number or a tensor of one element.
+        num_losses: m.
+        betas: β₁ of the averages and β₂ of the second moment, in [0, 1). All groups share them.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, as in AdamW.
+        method: what combines the averages; ``ConFIG()`` by default. With ``nonfinite="raise"`` a gradient that is not
+            finite raises FloatingPointError, which waits for an accelerator; else the step is left out and counted.
+        losses_per_step: k, how many losses a step may record.
+        selection: in which order ``next_loss`` goes: ``"ordered"``, ``"random"``, m weights, or a function that gives
+            them, see ``optim.Selection``.
+        generator: what ``selection`` draws from, on the CPU; by default one seeded from torch's.
+        max_norm: a gradient of a larger norm is scaled down to it before it enters its average. One more pass over the
+            recorded gradients.
+        max_update_norm: an update (before the learning rate) of a larger norm is scaled down to it. One more pass over
+            the averages.
+        state_dtype: of averages and second moment: torch.float32, the default for all but float64 parameters, or
+            torch.float64. Sixteen bits cannot hold them: v would stop moving at β₂ = 0.999.
+        maximize: ascend.
+        differentiable: must be False.
+        backend: as in ``fc.combine``.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be; the message names it, its value and the remedy.
+
+    Memory: m + 1 vectors of the state's dtype, beside k rows for the gradients, which are what ``p.grad`` then shows.
+
+    Example:
+        >>> import torch, fastconfig as fc
+        >>> model, inputs = torch.nn.Linear(2, 2), torch.ones(4, 2)
+        >>> optimizer = fc.optim.MConFIG(model.parameters(), lr=1e-2, num_losses=2)
+        >>> for _ in range(10):
+        ...     loss = optimizer.next_loss()
+        ...     with optimizer.record(loss):
+        ...         model(inputs)[:, loss].square().mean().backward()
+        ...     optimizer.step()
+        >>> optimizer.combination.cosines.shape
+        torch.Size([2, 2])
+    """
+
+    _step_supports_amp_scaling = True  # a GradScaler then hands its scale over instead of touching the gradients
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        *,
+        num_losses: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        method: Method | None = None,
+        losses_per_step: int = 1,
+        selection: Selection = "ordered",
+        generator: torch.Generator | None = None,
+        max_norm: float | None = None,
+        max_update_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        _check_count("num_losses", num_losses)
+        _check_count("losses_per_step", losses_per_step)
+        if losses_per_step > num_losses:
+            raise ValueError(f"losses_per_step must be at most num_losses={num_losses}, got {losses_per_step}")
+        if differentiable:
+            raise ValueError("differentiable must be False, got True: a step is a kernel that autograd cannot see into")
+        if state_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"state_dtype must be torch.float32, torch.float64 or None, got {state_dtype}; sixteen bits cannot "
+                "hold moving averages"
+            )
+        self._num_losses = num_losses
+        self._losses_per_step = losses_per_step
+        self._method = DEFAULT_METHOD if method is None else method
+        self._max_norm = _checked_norm("max_norm", max_norm)
+        self._max_update_norm = _checked_norm("max_update_norm", max_update_norm)
+        self._state_dtype = state_dtype
+        self._backend = backend
+        self._selector = LossSelector(selection, num_losses, losses_per_step, generator)
+        self._built = False
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        _check_group(defaults)
+        super().__init__(params, defaults)
+        self._build()
+
+    @property
+    def num_losses(self) -> int:
+        """m, the number of losses."""
+        return self._num_losses
+
+    @property
+    def combination(self) -> Combination:
+        """What the last update combined: the averages' Gramian, freed of bias, and their weights. Read, it is computed.
+
+        Before the first update the weights are zeros.
+        """
+        rule = (self._method if isinstance(self._method, ConFIG) else DEFAULT_METHOD).rule
+        return combination_of(self._ledger, self.param_groups[0]["betas"][0], rule.rtol)
+
+    @property
+    def steps_left_out(self) -> int:
+        """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
+        return int(self._ledger.totals[1])
+
+    def next_loss(self) -> int:
+        """The loss to record next, by ``selection``. Those drawn for one step are distinct."""
+        return self._selector.next()
+
+    def next_losses(self) -> tuple[int, ...]:
+        """The ``losses_per_step`` losses to record in the next step, each in a ``record`` of its own."""
+        return tuple(self._selector.next() for _ in range(self._losses_per_step))
+
+    @contextmanager
+    def record(self, loss: int) -> Generator[None, None, None]:
+        """Take what is backpropagated inside the ``with`` block as the gradient of ``loss`` for the next ``step``.
+
+        Several backward passes in one block add up, as micro-batches do. Each ``p.grad`` is None inside the block until
+        a backward pass reaches it. After the block it shows the gradient, in the memory from which ``step`` takes it,
+        so what changes ``p.grad`` in place changes the step; where several losses are recorded, the last one that
+        reached the parameter. Parameters of no group accumulate ``.grad`` as usual. If the block raises, nothing was
+        recorded.
+
+        Args:
+            loss: 0 to m - 1.
+
+        Raises:
+            TypeError, IndexError: no such loss.
+            ValueError: the loss was already recorded for this step, or ``losses_per_step`` losses were.
+            RuntimeError: inside another ``record`` over some of the same parameters, or a parameter is no longer the
+                one that the optimizer was made for.
+        """
+        if isinstance(loss, bool) or not isinstance(loss, int):
+            raise TypeError(f"loss must be the index of a loss, an int, got {loss!r}")
+        if not 0 <= loss < self._num_losses:
+            raise IndexError(f"loss must be 0 to {self._num_losses - 1}, got {loss}")
+        if loss in self._recorded:
+            raise ValueError(
+                f"loss {loss} was already recorded for this step; call all its backward passes inside one record, or "
+                "step() in between"
+            )
+        slot = len(self._recorded)
+        if slot == self._losses_per_step:
+            raise ValueError(
+                f"record({loss}) would make {slot + 1} losses in this step, more than losses_per_step={slot}; call "
+                "step() first, or make the optimizer with a larger losses_per_step"
+            )
+        with self._rows.record(slot, f"record({loss})"):
+            yield
+        self._recorded.append(loss)
+        self._show_gradients(slot)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what was recorded for the next step, and reset every ``p.grad`` as any optimizer does."""
+        self._rows.check_not_recording("zero_grad")
+        self._recorded.clear()
+        super().zero_grad(set_to_none)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take the recorded gradients into their averages and, once every loss has been seen, update the parameters.
+
+        Args:
+            closure: records and backpropagates, and returns a loss, which is returned.
+
+        Raises:
+            RuntimeError: nothing was recorded since the last step; inside ``record``; a parameter is no longer the one
+                that the optimizer was made for; a GradScaler's ``unscale_`` reached only one of several gradients.
+            ValueError: parameter groups of different betas.
+            FloatingPointError: a gradient is not finite and the method raises on it.
+            Nothing has been written then.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._rows.check_not_recording("step")
+        if not self._recorded:
+            raise RuntimeError(
+                "step found no gradient: nothing was recorded since the last step. Call backward() inside "
+                "`with optimizer.record(loss):` first"
+            )
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and grad_scale is None and len(self._recorded) > 1:
+            raise RuntimeError(
+                "scaler.unscale_(optimizer) divided only the last of several recorded gradients by the scale; leave it "
+                "out, as step unscales by itself, and clip by max_norm="
+            )
+        losses = tuple(self._recorded)
+        take_step(
+            self._active_segments(losses),
+            self._ledger,
+            self._rule(),
+            self._method,
+            all_seen=len(self._seen.union(losses)) == self._num_losses,
+            backend=self._backend,
+            grad_scale=grad_scale,
+            found_inf=found_inf if isinstance(found_inf, Tensor) else None,  # 0 where no parameter has a gradient
+        )
+        self._seen.update(losses)
+        self._recorded.clear()
+        for parameter in self._rows.parameters:
+            torch.autograd.graph.increment_version(parameter)
+        return result
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, before the first ``record``.
+
+        Raises:
+            RuntimeError: a gradient was recorded already. The averages of new parameters would start from zero under
+                the counters of the old, and be too small by what they missed; make a new optimizer instead.
+            TypeError, ValueError: a group that cannot be; none has been added.
+        """
+        if not self._built:  # by the base class's constructor
+            super().add_param_group(param_group)
+            _check_group(self.param_groups[-1])
+            return
+        if self._seen or self._recorded:
+            raise RuntimeError(
+                "add_param_group came after the first record: the averages of new parameters would start at zero under "
+                "the other losses' counters. Make a new MConFIG over all parameters"
+            )
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+            self._build()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, with ``"shared"`` beside ``"state"``: what belongs to no single parameter.
+
+        Of a parameter the state holds ``exp_avgs`` (m, *shape), its losses' moving averages, and ``exp_avg_sq``, the
+        second moment. All tensors are the optimizer's own, as those of torch's optimizers are. What was recorded for
+        the next step is not in it.
+        """
+        return {
+            **super().state_dict(),
+            "shared": {
+                "num_losses": self._num_losses,
+                **{name: value.clone() for name, value in self._ledger._asdict().items()},
+                "selection": self._selector.state(),
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a ``state_dict`` of any backend and device: on the same ones with the same bits.
+
+        What was recorded for the next step is forgotten.
+
+        Raises:
+            TypeError, ValueError: not the state of an MConFIG, or of one over other losses or parameters. Nothing has
+                changed.
+        """
+        packed = packed_state(state_dict, self.param_groups, self._rows.parameters, self._num_losses)
+        super().load_state_dict({**state_dict, "state": {}})
+        self._recorded.clear()
+        for segment in self._moments:
+            segment.first.zero_()
+            segment.second.zero_()
+        self._ever_reached.clear()
+        self._ever_reached.update(packed.parameters)
+        self._describe_state()
+        copy_state(packed, self.state, self._rows.parameters, self._ledger)
+        self._seen.clear()
+        self._seen.update(i for i, count in enumerate(packed.shared["counts"].tolist()) if count > 0)
+        self._selector.load(packed.shared["selection"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse: a copy of the averages would step the parameters of the original."""
+        raise TypeError("MConFIG cannot be pickled or copied; make a new one, and load_state_dict(old.state_dict())")
+
+    def _build(self) -> None:
+        """Rows, averages and the m×m numbers for the parameters of all groups, in the order of the groups."""
+        groups = [landing.trained_in(group["params"]) for group in self.param_groups]
+        group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group}
+        trained = landing.trained(parameter for group in groups for parameter in group)
+        for i, parameter in enumerate(trained):
+            _check_parameter(parameter, i)
+        count = self._losses_per_step
+        segments = [landing.Segment(kind, count) for kind in landing.by_kind(trained)]
+        self._moments = [self._moments_of(segment) for segment in segments]
+        self._rows = GradientRows(segments, count, "MConFIG")
+        self._places = [
+            _Place(s, first, group_of[id(parameter)], landing.memory_of(parameter))
+            for s, segment in enumerate(segments)
+            for parameter, first in zip(segment.parameters, segment.starts, strict=True)
+        ]
+        self._gradients = [segment.rows.unbind() for segment in segments]
+        self._addresses = [parameter.data_ptr() for parameter in self._rows.parameters]
+        self._ledger = Ledger.zeros(self._num_losses, segments[0].device)
+        self._recorded: list[int] = []
+        self._seen: set[int] = set()  # losses recorded so far
+        self._ever_reached: set[int] = set()  # positions of parameters
+        self._active: tuple[list[Segment], tuple[int, ...]] = ([], (-1,))
+        self._built = True
+
+    def _moments_of(self, segment: landing.Segment) -> Moments:
+        dtype = self._state_dtype or (torch.float64 if segment.dtype == torch.float64 else torch.float32)
+        if dtype.itemsize < segment.dtype.itemsize:
+            raise ValueError(f"state_dtype must be no narrower than the parameters' {segment.dtype}, got {dtype}")
+        first = landing.aligned_rows(self._num_losses, segment.n, dtype, segment.device)
+        return Moments(first, landing.aligned_rows(1, segment.n, dtype, segment.device)[0])
+
+    def _rule(self) -> StepRule:
+        betas = self.param_groups[0]["betas"]
+        for i, group in enumerate(self.param_groups):
+            if group["betas"] != betas:
+                raise ValueError(f"all groups must share betas, got {betas} in group 0 and {group['betas']} in {i}")
+        groups = tuple(
+            Group(group["lr"], group["weight_decay"], group["eps"], group["maximize"]) for group in self.param_groups
+        )
+        return StepRule(betas[0], betas[1], groups, self._max_norm, self._max_update_norm)
+
+    def _active_segments(self, losses: tuple[int, ...]) -> list[tuple[Segment, Recorded]]:
+        """The segments with the gradients of this step; only parameters that are to be updated lie in their pieces."""
+        parameters = self._rows.parameters
+        if [parameter.data_ptr() for parameter in parameters] != self._addresses:
+            self._rows.check_parameters()
+        for slot in range(len(losses)):
+            if not self._ever_reached.issuperset(self._rows.reached[slot]):
+                self._ever_reached.update(self._rows.reached[slot])
+                self._describe_state()
+        resting = tuple(i for i, p in enumerate(parameters) if i not in self._ever_reached or not p.requires_grad)
+        segments, known = self._active
+        if resting != known:
+            segments = [self._segment_without(resting, s) for s in range(len(self._moments))]
+            self._active = (segments, resting)
+        return [
+            (segment, Recorded(losses, rows[: len(losses)]))
+            for segment, rows in zip(segments, self._gradients, strict=True)
+        ]
+
+    def _segment_without(self, resting: Sequence[int], index: int) -> Segment:
+        pieces = [
+            Piece(place.memory, place.first, place.group)
+            for i, place in enumerate(self._places)
+            if place.segment == index and i not in resting
+        ]
+        return segment_on(self._rows.segments[index].device, self._backend, self._moments[index], pieces)
+
+    def _describe_state(self) -> None:
+        """Make ``state`` show the averages of each parameter that a loss has reached, as views."""
+        for i in sorted(self._ever_reached):
+            parameter, place = self._rows.parameters[i], self._places[i]
+            if parameter not in self.state:
+                columns = slice(place.first, place.first + len(place.memory))
+                first, second = self._moments[place.segment]
+                self.state[parameter] = {
+                    "exp_avgs": landing.shaped_like(parameter, first[:, columns]),
+                    "exp_avg_sq": landing.shaped_like(parameter, second[columns]),
+                }
+
+    def _show_gradients(self, slot: int) -> None:
+        """Let each ``p.grad`` show what was just recorded; a GradScaler looks there for inf and NaN."""
+        views, reached = self._rows.views(slot), self._rows.reached[slot]
+        if slot > 0:
+            self._carry_nonfinite(slot)
+        for i, parameter in enumerate(self._rows.parameters):
+            if i in reached:
+                parameter.grad = views[i].detach()
+            elif slot == 0:
+                parameter.grad = None
+
+    def _carry_nonfinite(self, slot: int) -> None:
+        """Make the gradient just recorded show NaN where the one before, which no ``p.grad`` shows now, is not finite.
+
+        The step is left out either way. So a GradScaler that sees the last gradient knows of all.
+        """
+        for s, segment in enumerate(self._rows.segments):
+            shown = min((i for i in self._rows.reached[slot] if self._places[i].segment == s), default=None)
+            if shown is not None:
+                first = self._places[shown].first
+                largest = torch.linalg.vector_norm(segment.rows[slot - 1], ord=math.inf)
+                segment.rows[slot, first] += largest * 0
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _checked_norm(name: str, value: float | None) -> float | None:
+    if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        raise ValueError(f"{name} must be a number above 0 or None, got {value!r}")
+    return value
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError where a parameter group's options cannot be."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise ValueError(f"lr must be a number or a real tensor of one element, got shape {tuple(lr.shape)}")
+    else:
+        _check_number("lr", lr)
+    for name in ("eps", "weight_decay"):
+        _check_number(name, group[name])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+            raise TypeError(f"betas[{i}] must be a number, got {beta!r}")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}] must lie in [0, 1), got {beta}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def _check_parameter(parameter: Tensor, index: int) -> None:
+    """Raise ValueError where a step could not write to a parameter's memory in order."""
+    if parameter.device.type == "meta":
+        raise ValueError(
+            f"parameter {index}, shape {tuple(parameter.shape)}, is on the meta device and has no memory; make the "
+            "optimizer after model.to_empty(device=...) and the initialisation"
+        )
+    if not landing.is_dense(parameter):
+        raise ValueError(
+            f"parameter {index}, shape {tuple(parameter.shape)}, has strides {parameter.stride()} that leave gaps or "
+            "overlap; make it contiguous first"
+        )

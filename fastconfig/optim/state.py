@@ -1,0 +1,87 @@
+"""The state of an MConFIG as a checkpoint holds it: checked as a whole before any of it is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastconfig.moments import Ledger
+
+
+class PackedState(NamedTuple):
+    """A checked checkpoint."""
+
+    parameters: dict[int, dict[str, Tensor]]
+    """What it holds of each parameter, by the position among those that the optimizer trains."""
+    shared: dict[str, Any]
+
+
+def packed_state(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    trained: Sequence[Tensor],
+    num_losses: int,
+) -> PackedState:
+    """What of a ``state_dict`` belongs to which of the trained parameters.
+
+    Raises:
+        TypeError: not the state of an MConFIG.
+        ValueError: of other losses or parameters.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups", "shared"} <= state_dict.keys():
+        found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise TypeError(
+            f"state_dict must be what MConFIG.state_dict() returned, with state, param_groups and shared, got {found}"
+        )
+    shared = state_dict["shared"]
+    if shared["num_losses"] != num_losses:
+        raise ValueError(f"state_dict is of num_losses={shared['num_losses']}, this optimizer of {num_losses}")
+    saved = [group["params"] for group in state_dict["param_groups"]]
+    ours = [group["params"] for group in groups]
+    if list(map(len, saved)) != list(map(len, ours)):
+        raise ValueError(
+            f"state_dict has parameter groups of {list(map(len, saved))} parameters, this optimizer of "
+            f"{list(map(len, ours))}"
+        )
+    position = {id(parameter): i for i, parameter in enumerate(trained)}
+    parameters = {}
+    for ids, group in zip(saved, ours, strict=True):
+        for key, parameter in zip(ids, group, strict=True):
+            if key in state_dict["state"]:
+                if id(parameter) not in position:
+                    raise ValueError(
+                        f"state_dict holds averages of parameter {key}, shape {tuple(parameter.shape)}, which needed "
+                        "no gradient when this optimizer was made; make one after requires_grad_()"
+                    )
+                parameters[position[id(parameter)]] = _checked(state_dict["state"][key], key, parameter, num_losses)
+    return PackedState(parameters, shared)
+
+
+def _checked(state: Mapping[str, Tensor], key: object, parameter: Tensor, num_losses: int) -> dict[str, Tensor]:
+    shapes = {"exp_avgs": (num_losses, *parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+    if state.keys() != shapes.keys():
+        raise TypeError(f"state_dict's parameter {key} must hold {', '.join(shapes)}, got {sorted(state)}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"state_dict's {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter here "
+                f"needs {shape}; load it into a model of the same shapes"
+            )
+        if state[name].device.type == "meta":
+            raise ValueError(f"state_dict's {name} of parameter {key} is on the meta device and holds no numbers")
+    return dict(state)
+
+
+@torch.no_grad()
+def copy_state(
+    packed: PackedState, state: Mapping[Tensor, Mapping[str, Tensor]], trained: Sequence[Tensor], ledger: Ledger
+) -> None:
+    """Copy a checked checkpoint into the views of ``state`` and into the ledger."""
+    for i, values in packed.parameters.items():
+        for name, value in values.items():
+            state[trained[i]][name].copy_(value)
+    for name, value in ledger._asdict().items():
+        value.copy_(packed.shared[name])
