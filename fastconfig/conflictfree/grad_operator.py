@@ -20,7 +20,7 @@ from fastconfig.conflictfree.length_model import LengthModel, ProjectionLength, 
 from fastconfig.conflictfree.utils import UNIT_DIRECTION, Sequence, apply_gradient_vector
 from fastconfig.conflictfree.weight_model import *  # noqa: F403  (upstream's star exports)
 from fastconfig.conflictfree.weight_model import EqualWeight, WeightModel
-from fastconfig.methods import ConFIG
+from fastconfig.methods import ConFIG, Method
 from fastconfig.validation import check_rows
 
 __all__ = [
@@ -243,6 +243,16 @@ class IMTLGOperator(GradientOperator):
             TypeError, ValueError: gradients that are no tensors, or not of one length, dtype and device.
         """
         return combine(grads, _IMTLG())
+
+
+def method_of(operator: GradientOperator) -> Method | None:
+    """The rule on the Gramian that an operator is; None where it may be anything else, as any subclass may."""
+    if type(operator) is ConFIGOperator and type(operator.weight_model) in (EqualWeight, type(None)):
+        length = "projection" if operator.length_model is None else core_length(operator.length_model)
+        return None if length is None else method_of_length(length)
+    if type(operator) is PCGradOperator:
+        return _PCGrad()
+    return _IMTLG() if type(operator) is IMTLGOperator else None
 
 
 class _PCGrad:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastconfig.api import combine, gramian
+from fastconfig.backends.momentum import segment_on
 from fastconfig.conflictfree import grad_operator as _grad_operator
 from fastconfig.conflictfree import loss_recorder as _loss_recorder
 from fastconfig.conflictfree.grad_operator import *  # noqa: F403  (upstream's star exports)
-from fastconfig.conflictfree.grad_operator import ConFIGOperator, GradientOperator
+from fastconfig.conflictfree.grad_operator import ConFIGOperator, GradientOperator, method_of
 from fastconfig.conflictfree.loss_recorder import *  # noqa: F403  (upstream's star exports)
 from fastconfig.conflictfree.loss_recorder import (
     Indexes,
@@ -26,6 +28,10 @@ from fastconfig.conflictfree.loss_recorder import (
     check_pairs,
 )
 from fastconfig.conflictfree.utils import Sequence, apply_gradient_vector, has_zero
+from fastconfig.landing import aligned_rows
+from fastconfig.methods import Method
+from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
+from fastconfig.momentum import take_step
 from fastconfig.validation import REAL_OF_COMPLEX, check_rows
 
 __all__ = [
@@ -38,6 +44,9 @@ __all__ = [
 
 _EPSILON = 1e-8
 """Added to the root of the second moment, as in Adam."""
+
+_UPDATE = Group(lr=0.0, weight_decay=0.0, eps=_EPSILON, maximize=False, assign=True)
+"""The kernels write the update itself into a vector."""
 
 
 class MomentumOperator:
@@ -143,10 +152,14 @@ class MomentumOperator:
             check_pairs("losses", len(values), positions)
             recorded = self.loss_recorder.record_loss(positions, values)
         if self.len_vectors is None:
-            self.len_vectors = len(vectors[0])
-            self.device = vectors[0].device
-            self.dtype = torch.promote_types(vectors[0].dtype, torch.float32)
+            self._set_kind(vectors[0])
         return positions, [vector.detach() for vector in vectors], recorded
+
+    def _set_kind(self, like: Tensor) -> None:
+        """Note the length, device and dtype of the averages of vectors ``like`` this one."""
+        self.len_vectors = len(like)
+        self.device = like.device
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
 
     def _check_vectors(self, vectors: list[Tensor]) -> None:
         rows = check_rows(vectors)
@@ -173,9 +186,14 @@ class PseudoMomentumOperator(MomentumOperator):
     """M-ConFIG: averages of each loss's gradient are combined; one second moment, of a pseudo gradient, scales the sum.
 
     The pseudo gradient is the one whose moving average would be the combined gradient. Use a plain SGD optimizer:
-    this is Adam's scaling already. Until every loss has had a gradient, the update is zero.
+    this is Adam's scaling already. Until every loss has had a gradient, the update is zero. ``fc.optim.MConFIG`` is
+    the same as an optimizer, and moves fewer bytes.
 
-    Differs from conflictfree as ``MomentumOperator`` says.
+    With conflictfree's own operators and models, a step is that optimizer's two passes over the averages; an operator
+    of your own gets the stack of averages, as in conflictfree.
+
+    Differs from conflictfree as ``MomentumOperator`` says; and a gradient that is not finite gives NaN, which a
+    GradScaler looks for, but enters no average.
 
     Source: arXiv 2408.11104, section 3.3, algorithm 1.
 
@@ -192,6 +210,7 @@ class PseudoMomentumOperator(MomentumOperator):
         fake_m: (n,) first moment of the pseudo gradient.
         t: updates so far. t_grads: gradients so far, one count a loss.
         all_initialized: whether every loss has had a gradient.
+        All but the last may be assigned, to resume; what is read of them are copies.
 
     Example:
         >>> import torch
@@ -212,12 +231,74 @@ class PseudoMomentumOperator(MomentumOperator):
         loss_recorder: LossRecorder | None = None,
     ) -> None:
         super().__init__(num_vectors, beta_1, beta_2, gradient_operator, loss_recorder)
-        self.m: list[Tensor] | None = None
-        self.s: Tensor | None = None
-        self.fake_m: Tensor | None = None
-        self.t = 0
-        self.t_grads = [0] * num_vectors
-        self.all_initialized = False
+        self._moments: Moments | None = None
+        self._ledger = Ledger.zeros(num_vectors, torch.device("cpu"))
+        self._combined: Tensor | None = None  # fake_m, where it is not Σ weights_i m_i
+        self._seen: set[int] = set()
+
+    @property
+    def m(self) -> list[Tensor] | None:
+        """The first moments."""
+        return None if self._moments is None else [row.clone() for row in self._moments.first]
+
+    @m.setter
+    def m(self, averages: Sequence[Tensor]) -> None:
+        check_pairs("m", len(averages), range(self.num_vectors))
+        self._check_vectors(list(averages))
+        moments = self._begun(averages[0])
+        self._combined = self.fake_m  # of the averages from before
+        for row, average in zip(moments.first, averages, strict=True):
+            row.copy_(average.detach())
+        self._ledger.gramian.copy_(gramian(moments.first))
+
+    @property
+    def s(self) -> Tensor | None:
+        """The second moment."""
+        return None if self._moments is None else self._moments.second.clone()
+
+    @s.setter
+    def s(self, second: Tensor) -> None:
+        self._check_vectors([second])
+        self._begun(second).second.copy_(second.detach())
+
+    @property
+    def fake_m(self) -> Tensor | None:
+        """The first moment of the pseudo gradient."""
+        if self._moments is None:
+            return None
+        if self._combined is not None:
+            return self._combined.clone()
+        return combine(self._moments.first, _Given(self._ledger.weights))
+
+    @fake_m.setter
+    def fake_m(self, combined: Tensor) -> None:
+        self._check_vectors([combined])
+        self._combined = combined.detach().to(self._begun(combined).second, copy=True)
+
+    @property
+    def t(self) -> int:
+        """Updates so far."""
+        return int(self._ledger.totals[0])
+
+    @t.setter
+    def t(self, count: int) -> None:
+        self._ledger.totals[0] = count
+
+    @property
+    def t_grads(self) -> list[int]:
+        """Gradients so far, loss by loss."""
+        return [int(count) for count in self._ledger.counts.tolist()]
+
+    @t_grads.setter
+    def t_grads(self, counts: Sequence[int]) -> None:
+        check_pairs("t_grads", len(counts), range(self.num_vectors))
+        self._ledger.counts.copy_(torch.tensor(list(counts)))
+        self._seen = {i for i, count in enumerate(counts) if count > 0}
+
+    @property
+    def all_initialized(self) -> bool:
+        """Whether every loss has had a gradient."""
+        return not has_zero(self.t_grads)
 
     @torch.no_grad()
     def calculate_gradient(
@@ -237,26 +318,90 @@ class PseudoMomentumOperator(MomentumOperator):
             TypeError, ValueError, IndexError: arguments that do not fit. No average has changed.
         """
         positions, vectors, recorded = self._preprocess_gradients_losses(indexes, grads, losses)
-        if self.m is None or self.s is None or self.fake_m is None:
-            self.m, self.s, self.fake_m = self._averages(), self._average(), self._average()
-        for position, vector in zip(positions, vectors, strict=True):
-            self.t_grads[position] += 1
-            _follow(self.m[position], vector, self.beta_1)
-        if not self.all_initialized:
-            if has_zero(self.t_grads):
-                return torch.zeros_like(vectors[0])
-            self.all_initialized = True
-        self.t += 1
-        combined = self.gradient_operator.calculate_gradient(_unbiased(self.m, self.beta_1, self.t_grads), recorded)
-        return self._scaled(combined, self.s, self.fake_m).to(vectors[0].dtype)
+        moments = self._begun(vectors[0])
+        dtype = vectors[0].dtype
+        if dtype.itemsize > moments.first.dtype.itemsize:
+            vectors = [vector.to(moments.first.dtype) for vector in vectors]
+        self._seen.update(positions)
+        method = method_of(self.gradient_operator)
+        if method is not None and self._combined is None and len(set(positions)) == len(positions):
+            return self._fused(method, moments, positions, vectors).to(dtype)
+        return self._by_operator(method, moments, positions, vectors, recorded).to(dtype)
 
-    def _scaled(self, combined: Tensor, second: Tensor, first: Tensor) -> Tensor:
-        """``combined`` over the root of the pseudo gradient's second moment; both moments are brought up to date."""
-        new_first = combined * (1 - self.beta_1**self.t)
-        pseudo = first.mul_(-self.beta_1).add_(new_first).div_(1 - self.beta_1)
+    def _begun(self, like: Tensor) -> Moments:
+        """The averages; zeros as long as ``like`` where there are none yet."""
+        if self._moments is None:
+            if self.len_vectors is None or self.dtype is None:
+                self._set_kind(like)
+            assert self.len_vectors is not None  # set along with the dtype
+            assert self.dtype is not None
+            rows = aligned_rows(self.num_vectors + 1, self.len_vectors, self.dtype, like.device)
+            self._moments = Moments(rows[:-1], rows[-1])
+            self._ledger = Ledger(*(entry.to(like.device) for entry in self._ledger))
+        return self._moments
+
+    def _fused(self, method: Method, moments: Moments, positions: list[int], vectors: list[Tensor]) -> Tensor:
+        """The step by the kernels: the combination is never written down."""
+        update = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
+        segment = segment_on(update.device, None, moments, [Piece(update, 0, 0)])
+        rows = tuple(vector.contiguous() for vector in vectors)
+        take_step(
+            [(segment, Recorded(tuple(positions), rows))],
+            self._ledger,
+            StepRule(self.beta_1, self.beta_2, (_UPDATE,)),
+            method,
+            all_seen=len(self._seen) == self.num_vectors,
+        )
+        return update
+
+    def _by_operator(
+        self,
+        method: Method | None,
+        moments: Moments,
+        positions: list[int],
+        vectors: list[Tensor],
+        recorded: list[Loss] | None,
+    ) -> Tensor:
+        """The step by any operator, which gets the stack of averages."""
+        first, second = moments
+        ledger = self._ledger
+        if not all(bool(torch.isfinite(vector).all()) for vector in vectors):
+            return torch.full_like(vectors[0], torch.nan)
+        before = self.fake_m
+        assert before is not None  # there are averages
+        for position, vector in zip(positions, vectors, strict=True):
+            ledger.counts[position] += 1
+            _follow(first[position], vector, self.beta_1)
+        if not self.all_initialized:
+            return torch.zeros_like(vectors[0])
+        ledger.totals[0] += 1
+        counts = self.t_grads
+        combined = self.gradient_operator.calculate_gradient(_unbiased(first, self.beta_1, counts), recorded)
+        update, self._combined = self._scaled(combined, second, before)
+        if method is not None:  # then the kernels can go on from here
+            ledger.gramian.copy_(gramian(first))
+            bias = 1.0 - self.beta_1**ledger.counts
+            weights = method.weights(ledger.gramian / bias / bias.unsqueeze(1))
+            ledger.weights.copy_(weights / bias * (1.0 - self.beta_1**self.t))
+            self._combined = None
+        return update
+
+    def _scaled(self, combined: Tensor, second: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """``combined`` over the root of the pseudo gradient's second moment, and that gradient's new first moment."""
+        first = combined * (1 - self.beta_1**self.t)
+        pseudo = before.mul_(-self.beta_1).add_(first).div_(1 - self.beta_1)
         _follow(second, pseudo.square_(), self.beta_2)
-        first.copy_(new_first)
-        return combined / (second / (1 - self.beta_2**self.t)).sqrt_().add_(_EPSILON)
+        return combined / (second / (1 - self.beta_2**self.t)).sqrt_().add_(_EPSILON), first
+
+
+class _Given:
+    """Weights that are known."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        return self._weights
 
 
 class SeparateMomentumOperator(MomentumOperator):
@@ -335,7 +480,7 @@ def _follow(average: Tensor, value: Tensor, beta: float) -> None:
     average.mul_(beta).add_(value, alpha=1 - beta)
 
 
-def _unbiased(averages: list[Tensor], beta: float, counts: list[int]) -> Tensor:
+def _unbiased(averages: Sequence[Tensor] | Tensor, beta: float, counts: list[int]) -> Tensor:
     """The averages freed of their start at zero, (m, n): what an operator combines."""
     unbiased = torch.empty(len(averages), len(averages[0]), dtype=averages[0].dtype, device=averages[0].device)
     for row, average, count in zip(unbiased, averages, counts, strict=True):

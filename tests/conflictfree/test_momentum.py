@@ -1,5 +1,9 @@
 """Momentum operators: 200 steps beside conflictfree, a corrected transcription where it cannot run, bad input."""
 
+import copy
+import math
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +65,95 @@ def test_pseudo_takes_the_same_constants_and_operator_as_upstream():
     for indexes, grads in selected_steps(OrderedSliceSelector(), 2, gradient_stream(50)):
         expected = peer.calculate_gradient(indexes, grads)
         assert relative_error(ours.calculate_gradient(indexes, grads), expected) <= 1e-5
+
+
+class OwnPCGrad(PCGradOperator):
+    """The same update, but of a class that might do anything."""
+
+
+class UpstreamOwnPCGrad(upstream_operators.PCGradOperator):
+    pass
+
+
+def test_operators_take_over_from_each_other_in_the_middle():
+    ours, peer = PseudoMomentumOperator(M), upstream.PseudoMomentumOperator(M)
+    pairs = [
+        (ConFIGOperator(), upstream_operators.ConFIGOperator()),
+        (OwnPCGrad(), UpstreamOwnPCGrad()),
+        (OwnPCGrad(), UpstreamOwnPCGrad()),
+        (PCGradOperator(), upstream_operators.PCGradOperator()),
+        (ConFIGOperator(), upstream_operators.ConFIGOperator()),
+    ]
+    for step, (indexes, grads) in enumerate(selected_steps(OrderedSliceSelector(), 2, gradient_stream(50))):
+        ours.gradient_operator, peer.gradient_operator = pairs[step // 10]
+        expected = peer.calculate_gradient(indexes, grads)
+        assert relative_error(ours.calculate_gradient(indexes, grads), expected) <= 1e-5
+        if step > 1:
+            assert relative_error(ours.fake_m, peer.fake_m) <= 1e-5
+
+
+def test_known_operators_are_not_called(monkeypatch):
+    def calculate_gradient(self, grads, losses=None):
+        raise AssertionError("the averages were combined outside the kernels")
+
+    for operator in (ConFIGOperator, PCGradOperator):
+        monkeypatch.setattr(operator, "calculate_gradient", calculate_gradient)
+        made = PseudoMomentumOperator(M, gradient_operator=operator())
+        made.calculate_gradient([0, 1, 2], gradient_stream(1)[0])
+        assert made.t == 1
+
+
+@pytest.mark.parametrize("operator", [ConFIGOperator, OwnPCGrad])
+def test_pseudo_goes_on_from_what_another_had(operator):
+    stream = list(selected_steps(OrderedSliceSelector(), 1, gradient_stream(40)))
+    whole, first = (PseudoMomentumOperator(M, gradient_operator=operator()) for _ in range(2))
+    for indexes, grads in stream[:20]:
+        whole.calculate_gradient(indexes, grads)
+        first.calculate_gradient(indexes, grads)
+    second = PseudoMomentumOperator(M, gradient_operator=operator())
+    for name in ("m", "s", "fake_m", "t", "t_grads"):
+        setattr(second, name, getattr(first, name))
+    copies = [second, pickle.loads(pickle.dumps(first)), copy.deepcopy(first)]
+    for indexes, grads in stream[20:]:
+        expected = whole.calculate_gradient(indexes, grads)
+        for other in copies:
+            assert relative_error(other.calculate_gradient(indexes, grads), expected) <= 1e-6
+
+
+def test_pseudo_takes_a_loss_twice_in_one_call_as_upstream_does():
+    ours, peer = PseudoMomentumOperator(M), upstream.PseudoMomentumOperator(M)
+    for rows in gradient_stream(10):
+        for indexes in ([0, 1, 2], [1, 1]):
+            expected = peer.calculate_gradient(indexes, list(rows[: len(indexes)]))
+            assert relative_error(ours.calculate_gradient(indexes, rows[: len(indexes)]), expected) <= 1e-5
+    assert ours.t_grads == peer.t_grads == [10, 30, 10]
+
+
+@pytest.mark.parametrize("operator", [ConFIGOperator, OwnPCGrad])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_pseudo_answers_nan_for_a_gradient_that_is_not_finite_and_forgets_it(operator, bad):
+    ours, other = (PseudoMomentumOperator(M, gradient_operator=operator()) for _ in range(2))
+    stream = gradient_stream(20)
+    for step, rows in enumerate(stream):
+        if step in (0, 7):
+            broken = rows[1].clone()
+            broken[3] = bad
+            assert ours.calculate_gradient(1, broken).isnan().all()
+        assert torch.equal(ours.calculate_gradient([0, 1, 2], rows), other.calculate_gradient([0, 1, 2], rows))
+    assert ours.t_grads == other.t_grads
+
+
+def test_pseudo_refuses_averages_that_do_not_fit():
+    made = PseudoMomentumOperator(M)
+    made.calculate_gradient([0, 1, 2], gradient_stream(1)[0])
+    before = made.m
+    with pytest.raises(ValueError, match="m must hold one entry for each index"):
+        made.m = before[:2]
+    with pytest.raises(ValueError, match=f"have {N + 1} elements, but had {N} before"):
+        made.s = torch.ones(N + 1)
+    with pytest.raises(ValueError, match="t_grads must hold one entry for each index"):
+        made.t_grads = [1]
+    assert all(torch.equal(average, old) for average, old in zip(made.m, before, strict=True))
 
 
 def test_nothing_moves_until_every_loss_has_had_a_gradient():
