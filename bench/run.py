@@ -1,8 +1,9 @@
-"""Runs the benchmarks, prints one table of medians measured in this run, and writes bench/results/<machine>.json."""
+"""Runs the benchmarks, prints tables of medians measured in this run, and writes bench/results/<machine>.json."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import re
@@ -21,6 +22,11 @@ from fastconfig.diagnostics import collect_config
 
 HERE = Path(__file__).parent
 
+TITLES = {
+    "combination": "one combination",
+    "step": "one step of M-ConFIG, one loss backpropagated before it",
+}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -35,7 +41,9 @@ def main() -> int:
             return done.returncode
         cases = [summary(case) for case in json.loads(raw.read_text())["benchmarks"]]
     machine = describe_machine()
-    Console(width=150).print(table_of(cases, machine))
+    for kind, title in TITLES.items():
+        if some := [case for case in cases if case["kind"] == kind]:
+            Console(width=150).print(table_of(some, title, machine))
     if not arguments.no_save:
         path = HERE / "results" / f"{re.sub(r'[^a-z0-9]+', '-', machine['cpu'].lower()).strip('-')}.json"
         path.parent.mkdir(exist_ok=True)
@@ -75,16 +83,17 @@ def cpu_name() -> str:
     return match.group(1).strip() if match else platform.machine()
 
 
-def table_of(cases: list[dict], machine: dict[str, str]) -> Table:
-    table = Table(title=f"one combination, medians · {machine['cpu']} · torch {machine['torch']} · {machine['isa']}")
+def table_of(cases: list[dict], title: str, machine: dict[str, str]) -> Table:
+    table = Table(title=f"{title}, medians · {machine['cpu']} · torch {machine['torch']} · {machine['isa']}")
     for name in ("m, n, dtype", "contender"):
         table.add_column(name)
-    for name in ("time", "/ floor", "fastconfig is", "error", "least cosine", "peak, n elements"):
+    of_quality = ("error", "least cosine", "peak, n elements") if any("error" in case for case in cases) else ()
+    for name in ("time", "/ floor", "fastconfig is", *of_quality):
         table.add_column(name, justify="right")
     for group in grouped(cases):
         times = {case["contender"]: case["median_s"] for case in group}
         for case in group:
-            table.add_row(*row_of(case, times), end_section=case is group[-1])
+            table.add_row(*itertools.islice(row_of(case, times), len(table.columns)), end_section=case is group[-1])
     return table
 
 

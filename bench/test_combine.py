@@ -59,7 +59,7 @@ def test_combination(benchmark, gradients, shape, name):
     call()
     rounds = max(5, round(MEASURED_SECONDS / (time.perf_counter() - start)))
     answer = benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
-    benchmark.extra_info.update(m=shape.m, n=shape.n, dtype=str(shape.dtype)[6:], contender=name)
+    benchmark.extra_info.update(kind="combination", m=shape.m, n=shape.n, dtype=str(shape.dtype)[6:], contender=name)
     if name != "floor":
         found = quality(answer, grads)
         benchmark.extra_info.update(error=found.error, least_cosine=found.least_cosine, peak_bytes=peak_growth(call))

@@ -106,11 +106,11 @@ Recorded recorded(std::vector<int64_t> losses, const std::vector<std::uintptr_t>
     return result;
 }
 
-typedef std::vector<std::tuple<double, double, double, bool>> Groups;  // stay, rate, ε, assign
+typedef std::vector<std::tuple<double, double, double, bool>> Groups;  // decay, rate, ε, assign
 
 StepRule step_rule(double beta1, double beta2, const Groups& groups) {
     StepRule rule{beta1, beta2, {}};
-    for (const auto& [stay, rate, eps, assign] : groups) rule.group.push_back({stay, rate, eps, assign});
+    for (const auto& [decay, rate, eps, assign] : groups) rule.group.push_back({decay, rate, eps, assign});
     return rule;
 }
 

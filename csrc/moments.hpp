@@ -16,10 +16,10 @@ constexpr int64_t kLinePanel = 2048;  // columns of that one which stay in the f
 
 constexpr int64_t kMomentumStrip = 512;  // columns whose two sums stay in the first-level cache while rows pass
 
-// The new average, rounded as it is stored.
+// The new average, as it is stored.
 template <class S>
-INLINE inline Doubles blended(Doubles old, Doubles gradient, Doubles keep, Doubles enter) {
-    return S::unpack(S::pack(keep * old + enter * gradient));
+INLINE inline typename S::Vector blended(Doubles old, Doubles gradient, Doubles keep, Doubles enter) {
+    return S::pack(keep * old + enter * gradient);
 }
 
 // Calls step(k, whole, left) for each vector of S: whole ones first, then one of `left` elements.
@@ -30,21 +30,24 @@ INLINE inline void for_each_vector_of(int64_t count, Step step) {
     if (k < count) step(k, count - k);
 }
 
-// The vector at p, zeros after its first `count` elements.
+// The vector at p, zeros after its first `count` elements; as it lies there, or in doubles.
 template <class S>
-INLINE inline Doubles load_some(const typename S::Element* p, int64_t count) {
-    if (count == kLanes) return S::load(p, 0);
-    typename S::Element padded[kLanes] = {};
-    __builtin_memcpy(padded, p, count * sizeof *p);
-    return S::load(padded, 0);
+INLINE inline typename S::Vector load_packed(const typename S::Element* p, int64_t count) {
+    if (count == kLanes) return load_raw<typename S::Vector>(p);
+    typename S::Vector v = {};
+    __builtin_memcpy(&v, p, count * sizeof *p);
+    return v;
 }
 
 template <class S>
-INLINE inline void store_some(typename S::Element* p, Doubles value, int64_t count) {
-    if (count == kLanes) return S::store(p, &value);
-    typename S::Element padded[kLanes];
-    S::store(padded, &value);
-    __builtin_memcpy(p, padded, count * sizeof *p);
+INLINE inline Doubles load_some(const typename S::Element* p, int64_t count) {
+    return S::unpack(load_packed<S>(p, count));
+}
+
+template <class S>
+INLINE inline void store_packed(typename S::Element* p, typename S::Vector v, int64_t count) {
+    if (count == kLanes) return store_raw(p, v);
+    __builtin_memcpy(p, &v, count * sizeof *p);
 }
 
 // A gradient's strip in S: where it lies, or a copy in `room`.
@@ -102,7 +105,7 @@ void blend(const typename S::Element* old, const typename S::Element* gradient, 
     const Doubles keep = Doubles{} + keep_, enter = Doubles{} + enter_;
     for_each_vector_of(count, [&](int64_t k, int64_t left) INLINE {
         const Doubles x = load_some<S>(old + k, left), g = load_some<S>(gradient + k, left);
-        store_some<S>(fresh + k, blended<S>(x, g, keep, enter), left);
+        store_packed<S>(fresh + k, blended<S>(x, g, keep, enter), left);
     });
 }
 
@@ -119,8 +122,10 @@ void line(const NewRow<S>& row, const void* const* others, int64_t count, typena
     const auto add = [&](int64_t k, int64_t left, int chain) INLINE {
         Doubles x;
         if (New) {
-            x = blended<S>(load_some<S>(row.average + k, left), load_some<S>(row.gradient + k, left), keep, enter);
-            if (fresh != nullptr) store_some<S>(fresh + k, x, left);
+            const Doubles old = load_some<S>(row.average + k, left), gradient = load_some<S>(row.gradient + k, left);
+            const auto stored = blended<S>(old, gradient, keep, enter);
+            if (fresh != nullptr) store_packed<S>(fresh + k, stored, left);
+            x = S::unpack(stored);
             acc[chain][0] += x * x;
         } else {
             x = load_some<S>(fresh + k, left);
@@ -293,8 +298,8 @@ double sweep(int64_t count, Sums& sums, const NewRow<S>& row, const MomentumUpda
     const Doubles gradient = Doubles{} + update.gradient;
     const Vector unbias = Vector{} + static_cast<Element>(update.second_unbiased);
     const Vector eps = Vector{} + static_cast<Element>(End ? place.group->eps : 0.0);
-    const Doubles stay = Doubles{} + (End ? place.group->stay : 0.0);
-    const Doubles rate = Doubles{} + (End ? place.group->rate * update.clip : 0.0);
+    const Vector decay = Vector{} + static_cast<Element>(End ? place.group->decay : 0.0);
+    const Vector rate = Vector{} + static_cast<Element>(End ? place.group->rate * update.clip : 0.0);
     // Copies in registers: a store to a row might else change the address that it is told by.
     Element *const average = row.average, *const second = place.second, *const theta = place.theta;
     const Element* const entering = row.gradient;
@@ -309,9 +314,9 @@ double sweep(int64_t count, Sums& sums, const NewRow<S>& row, const MomentumUpda
         }
         if (New) {
             const Doubles old = load_some<S>(average + k, left);
-            const Doubles fresh = blended<S>(old, load_some<S>(entering + k, left), keep, enter);
-            if (store) store_some<S>(average + k, fresh, left);
-            const Doubles added = forward * fresh;
+            const Vector fresh = blended<S>(old, load_some<S>(entering + k, left), keep, enter);
+            if (store) store_packed<S>(average + k, fresh, left);
+            const Doubles added = forward * S::unpack(fresh);
             f = Begin ? added : f + added;
             difference = (Begin ? added : difference + added) - backward * old;
         }
@@ -327,7 +332,7 @@ double sweep(int64_t count, Sums& sums, const NewRow<S>& row, const MomentumUpda
         }
         const Doubles v = keep_second * load_some<S>(second + k, left) + enter_second * (difference * difference);
         stored = S::pack(v);
-        if (End == kWritten) store_some<S>(second + k, S::unpack(stored), left);
+        if (End == kWritten) store_packed<S>(second + k, stored, left);
     };
     const auto write = [&](int64_t k, int64_t left, Vector step) INLINE {
         if (End == kMeasured) {
@@ -335,8 +340,9 @@ double sweep(int64_t count, Sums& sums, const NewRow<S>& row, const MomentumUpda
             for (int64_t lane = left; lane < kLanes; ++lane) wide[lane] = 0.0;  // with ε = 0 it is 0/0
             square += wide * wide;
         } else {
-            const Doubles moved = stay * load_some<S>(theta + k, left) + rate * S::unpack(step);
-            store_some<S>(theta + k, moved, left);
+            // What is added is small and rounded for itself, so the parameter is rounded once.
+            const Vector old = load_packed<S>(theta + k, left);
+            store_packed<S>(theta + k, old + (rate * step - decay * old), left);
         }
     };
     int64_t k = 0;

@@ -49,9 +49,9 @@ struct MomentumUpdate {
     bool measure;                // sum up the squared update and write nothing
 };
 
-// θ ← stay·θ + rate·update; or, where `assign`, the update itself, θ not being read.
+// θ ← θ + rate·update - decay·θ; or, where `assign`, the update itself, θ not being read.
 struct MomentumGroup {
-    double stay, rate, eps;
+    double decay, rate, eps;
     bool assign;
 };
 

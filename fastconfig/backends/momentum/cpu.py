@@ -86,8 +86,8 @@ def _native_rule(rule: StepRule) -> _core.StepRule:
 
 
 def _native_group(group: Group) -> tuple[float, float, float, bool]:
-    """θ ← stay·θ + rate·update, ε, and whether the update itself is written."""
+    """θ ← θ + rate·update - decay·θ: decay, rate, ε, and whether the update itself is written."""
     if group.assign:
-        return 1.0, 1.0, group.eps, True
+        return 0.0, 1.0, group.eps, True
     lr = float(group.lr)
-    return 1.0 - lr * group.weight_decay, lr if group.maximize else -lr, group.eps, False
+    return lr * group.weight_decay, lr if group.maximize else -lr, group.eps, False
