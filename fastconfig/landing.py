@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,18 @@ def aligned_rows(count: int, n: int, dtype: torch.dtype, device: torch.device) -
     with torch.inference_mode(False):  # autograd must be able to accumulate into the rows
         padded = n + -n % (ROW_BYTES // dtype.itemsize)
         return torch.zeros(count, padded, dtype=dtype, device=device)[:, :n]
+
+
+_TAKES_MANY = "Iterable" in str(inspect.signature(torch.autograd.graph.increment_version))  # newer PyTorch's
+
+
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that a kernel wrote to tensors by their addresses, as any in-place operation does."""
+    if _TAKES_MANY:
+        torch.autograd.graph.increment_version(tensors)
+        return
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
 
 
 class _Recorded(NamedTuple):
@@ -122,6 +135,7 @@ class GradientRows(Generic[Place]):
     Attributes:
         segments: as given.
         parameters: of all segments, in column order.
+        addresses: where their memory was when this was made.
         reached: for each row, the positions of the parameters that its backward passes reached.
         recording: the row that is being recorded, if any.
     """
@@ -133,6 +147,7 @@ class GradientRows(Generic[Place]):
         self.recording: int | None = None
         self._owner = owner
         self._made_for = tuple(_record(parameter, parameter.data_ptr()) for parameter in self.parameters)
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._views: list[list[Tensor] | None] = [None] * count
         self._identities = frozenset(map(id, self.parameters))
         self._landing = _Landing()
@@ -158,12 +173,13 @@ class GradientRows(Generic[Place]):
             reached.clear()
 
     @contextmanager
-    def record(self, row: int, call: str) -> Generator[None, None, None]:
+    def record(self, row: int, call: str, shown: bool = False) -> Generator[None, None, None]:
         """Let backward passes inside the ``with`` block write a row; ``GradientBuffer.record`` says how.
 
         Args:
             row: which.
             call: the user's call, for errors.
+            shown: leave ``p.grad`` of the parameters that were reached as a view of the row, not what it was before.
 
         Raises:
             RuntimeError: inside another ``record``, of this object or of one over some of the same parameters; or a
@@ -192,8 +208,10 @@ class GradientRows(Generic[Place]):
             self.recording = None
             _BEING_RECORDED.difference_update(self._identities)
             self._landing.close()
-            for parameter, grad in zip(self.parameters, before, strict=True):
-                parameter.grad = grad
+            kept = self.reached[row] if shown and complete else ()
+            for i, (parameter, grad) in enumerate(zip(self.parameters, before, strict=True)):
+                if i not in kept:
+                    parameter.grad = grad
             if not complete:
                 self._forget(row)
 
@@ -208,6 +226,8 @@ class GradientRows(Generic[Place]):
     def check_parameters(self) -> None:
         """Raise RuntimeError where a parameter is no longer the one the rows were made for."""
         compiling = is_dynamo_compiling()  # then no address can be read; what filled the rows did read them
+        if not compiling and self.lie_where_they_did():
+            return
         for i, (parameter, made_for) in enumerate(zip(self.parameters, self._made_for, strict=True)):
             if _record(parameter, made_for.address if compiling else parameter.data_ptr()) != made_for:
                 raise RuntimeError(
@@ -216,6 +236,13 @@ class GradientRows(Generic[Place]):
                     f"{parameter.device}, shape {tuple(parameter.shape)}), as .to(), .half() or an assignment to .data "
                     f"do; make a new {self._owner} after such a change"
                 )
+
+    def lie_where_they_did(self) -> bool:
+        """Whether every parameter's memory and shape are what they were: the quick question."""
+        return [parameter.data_ptr() for parameter in self.parameters] == self.addresses and all(
+            parameter.shape == made_for.shape and parameter.dtype == made_for.dtype
+            for parameter, made_for in zip(self.parameters, self._made_for, strict=True)
+        )
 
     def _collect(self, row: int, views: list[Tensor]) -> None:
         """Note which parameters were reached; bring home a gradient that was put elsewhere than in its view."""
@@ -226,6 +253,7 @@ class GradientRows(Generic[Place]):
                 reached.discard(i)
             elif parameter.grad.data_ptr() != view.data_ptr() or parameter.grad.stride() != view.stride():
                 view.copy_(parameter.grad.detach())
+                parameter.grad = view.detach()
         self.reached[row] = reached
 
     def _forget(self, row: int) -> None:

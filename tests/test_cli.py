@@ -112,7 +112,7 @@ def test_a_short_demo_prints_the_table_and_writes_the_picture(capsys, tmp_path):
     assert cli.main([*DEMO, "--steps", "5", "--seed", "3", "--out", str(tmp_path)]) == 0
     assert signal.getsignal(signal.SIGINT) is before
     output = capsys.readouterr().out
-    for words in ("Adam", "ConFIG", "M-ConFIG", "test MSE", "steps", "seconds", "in combination"):
+    for words in ("Adam", "ConFIG", "M-ConFIG", "test MSE", "steps", "seconds", "steps/s", "outside backward"):
         assert words in output
     assert f"Picture: {tmp_path / 'burgers.png'}" in output
     assert output.count("\n") < 20, "a few plain lines where there is no terminal"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastconfig.buffer import GradientBuffer
-from fastconfig.conflictfree.momentum_operator import PseudoMomentumOperator
 from fastconfig.demos.burgers_problem import LOSS_NAMES, BurgersNetwork, ExactGrid, Problem
 from fastconfig.methods import ConFIG
+from fastconfig.optim import MConFIG
 
 PAIRS = ((0, 1), (0, 2), (1, 2))
 """Pairs of losses, in the order of ``History.cosines``."""
@@ -79,8 +79,8 @@ class Trainer(ABC):
     """One method at work on its own copy of the network, with its own clock.
 
     Attributes:
-        steps: optimizer steps taken. seconds: wall time they took. combine_seconds: of that, in making one update of
-            several gradients; None where nothing is combined.
+        steps: optimizer steps taken. seconds: wall time they took. backward_seconds: of that, in computing losses and
+            backpropagating them; the rest is what a method costs.
     """
 
     name: ClassVar[str]
@@ -92,7 +92,7 @@ class Trainer(ABC):
         self.history = History()
         self.steps = 0
         self.seconds = 0.0
-        self.combine_seconds: float | None = None
+        self.backward_seconds = 0.0
         self.losses = [math.nan] * len(LOSS_NAMES)
         self._evaluated = -1
         self._device = device
@@ -135,10 +135,10 @@ class Trainer(ABC):
         return losses
 
     @contextmanager
-    def _combining(self) -> Generator[None, None, None]:
+    def _backpropagating(self) -> Generator[None, None, None]:
         started = self._now()
         yield
-        self.combine_seconds = (self.combine_seconds or 0.0) + self._now() - started
+        self.backward_seconds += self._now() - started
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -153,7 +153,8 @@ class SummedLoss(Trainer):
 
     def _step(self) -> None:
         self._optimizer.zero_grad()
-        torch.stack(self._all_losses()).sum().backward()
+        with self._backpropagating():
+            torch.stack(self._all_losses()).sum().backward()
         self._optimizer.step()
 
 
@@ -168,9 +169,9 @@ class ConFIGTrainer(Trainer):
         self._method = ConFIG()
 
     def _step(self) -> None:
-        self._buffer.backward(self._all_losses())
-        with self._combining():
-            info = self._buffer.combine(self._method)
+        with self._backpropagating():
+            self._buffer.backward(self._all_losses())
+        info = self._buffer.combine(self._method)
         self._optimizer.step()
         if self.steps % _STEPS_PER_COSINE == 0:
             cosines = info.cosines.tolist()
@@ -179,27 +180,21 @@ class ConFIGTrainer(Trainer):
 
 
 class MConFIGTrainer(Trainer):
-    """M-ConFIG: one loss a step, in turn; ConFIG combines the gradients' moving averages, SGD takes the step."""
+    """M-ConFIG: one loss a step, in turn; ConFIG combines the gradients' moving averages."""
 
     name = "M-ConFIG"
 
-    def __init__(self, seed: int, device: torch.device, budget: Budget) -> None:
-        super().__init__(seed, device, budget)
-        self._buffer = GradientBuffer(self.network.parameters(), num_losses=len(LOSS_NAMES))
-        self._operator = PseudoMomentumOperator(num_vectors=len(LOSS_NAMES))
+    _optimizer: MConFIG
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        # The operator's answer is scaled as Adam's step is, so all that is left is the learning rate.
-        return torch.optim.SGD(self.network.parameters(), lr=_PEAK_RATE)
+    def _make_optimizer(self) -> MConFIG:
+        return MConFIG(self.network.parameters(), lr=_PEAK_RATE, num_losses=len(LOSS_NAMES))
 
     def _step(self) -> None:
-        index = self.steps % len(LOSS_NAMES)
-        with self._buffer.record(index):
+        index = self._optimizer.next_loss()
+        with self._optimizer.record(index), self._backpropagating():
             loss = self.problem.loss(self.network, index)
             loss.backward()
         self.losses[index] = loss.item()
-        with self._combining():
-            self._operator.update_gradient(self.network, index, self._buffer.rows[index])
         self._optimizer.step()
 
 

@@ -198,10 +198,15 @@ class MConFIG(torch.optim.Optimizer):
                 f"record({loss}) would make {slot + 1} losses in this step, more than losses_per_step={slot}; call "
                 "step() first, or make the optimizer with a larger losses_per_step"
             )
-        with self._rows.record(slot, f"record({loss})"):
+        with self._rows.record(slot, f"record({loss})", shown=True):
             yield
         self._recorded.append(loss)
-        self._show_gradients(slot)
+        if slot > 0:
+            self._carry_nonfinite(slot)
+        elif len(self._rows.reached[0]) < len(self._rows.parameters):
+            for i, parameter in enumerate(self._rows.parameters):
+                if i not in self._rows.reached[0]:
+                    parameter.grad = None  # it showed a step that is over
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget what was recorded for the next step, and reset every ``p.grad`` as any optimizer does."""
@@ -257,8 +262,7 @@ class MConFIG(torch.optim.Optimizer):
         )
         self._seen.update(losses)
         self._recorded.clear()
-        for parameter in self._rows.parameters:
-            torch.autograd.graph.increment_version(parameter)
+        landing.mark_written(self._rows.parameters)
         return result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -346,7 +350,6 @@ class MConFIG(torch.optim.Optimizer):
             for parameter, first in zip(segment.parameters, segment.starts, strict=True)
         ]
         self._gradients = [segment.rows.unbind() for segment in segments]
-        self._addresses = [parameter.data_ptr() for parameter in self._rows.parameters]
         self._ledger = Ledger.zeros(self._num_losses, segments[0].device)
         self._recorded: list[int] = []
         self._seen: set[int] = set()  # losses recorded so far
@@ -374,8 +377,8 @@ class MConFIG(torch.optim.Optimizer):
     def _active_segments(self, losses: tuple[int, ...]) -> list[tuple[Segment, Recorded]]:
         """The segments with the gradients of this step; only parameters that are to be updated lie in their pieces."""
         parameters = self._rows.parameters
-        if [parameter.data_ptr() for parameter in parameters] != self._addresses:
-            self._rows.check_parameters()
+        if [parameter.data_ptr() for parameter in parameters] != self._rows.addresses:
+            self._rows.check_parameters()  # which says what is wrong
         for slot in range(len(losses)):
             if not self._ever_reached.issuperset(self._rows.reached[slot]):
                 self._ever_reached.update(self._rows.reached[slot])
@@ -409,17 +412,6 @@ class MConFIG(torch.optim.Optimizer):
                     "exp_avgs": landing.shaped_like(parameter, first[:, columns]),
                     "exp_avg_sq": landing.shaped_like(parameter, second[columns]),
                 }
-
-    def _show_gradients(self, slot: int) -> None:
-        """Let each ``p.grad`` show what was just recorded; a GradScaler looks there for inf and NaN."""
-        views, reached = self._rows.views(slot), self._rows.reached[slot]
-        if slot > 0:
-            self._carry_nonfinite(slot)
-        for i, parameter in enumerate(self._rows.parameters):
-            if i in reached:
-                parameter.grad = views[i].detach()
-            elif slot == 0:
-                parameter.grad = None
 
     def _carry_nonfinite(self, slot: int) -> None:
         """Make the gradient just recorded show NaN where the one before, which no ``p.grad`` shows now, is not finite.

@@ -161,9 +161,8 @@ def test_training_is_reproducible_and_starts_from_the_same_weights():
         assert trained.steps == 9
         assert np.isfinite(trained.losses).all()
         assert trained.share == 1.0
-    assert trainers[0].combine_seconds is None
-    for trained in trainers[1:]:
-        assert 0 < trained.combine_seconds < trained.seconds
+    for trained in trainers:
+        assert 0 < trained.backward_seconds < trained.seconds
 
 
 def test_training_lowers_the_error_of_every_method():
