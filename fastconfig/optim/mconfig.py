@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastconfig import landing
 from fastconfig.backends.momentum import Segment, segment_on
@@ -233,6 +234,13 @@ class MConFIG(torch.optim.Optimizer):
             FloatingPointError: a gradient is not finite and the method raises on it.
             Nothing has been written then.
         """
+        if is_dynamo_compiling():
+            # By addresses, which no graph can hold.
+            eager: Callable[[Callable[[], float] | None], float | None] = torch.compiler.disable(self._take_step)
+            return eager(closure)
+        return self._take_step(closure)
+
+    def _take_step(self, closure: Callable[[], float] | None) -> float | None:
         result = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,0 +1,65 @@
+"""MConFIG inside what surrounds a training loop: DistributedDataParallel, torch.compile."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastconfig as fc
+
+STEPS = 12
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def inputs():
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+
+
+def train(model, optimizer, x):
+    for _ in range(STEPS):
+        loss = optimizer.next_loss()
+        with optimizer.record(loss):
+            model(x)[:, loss].square().mean().backward()
+        optimizer.step()
+
+
+def _train_in_parallel(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        model = network()
+        optimizer = fc.optim.MConFIG(model.parameters(), lr=1e-2, num_losses=2)
+        train(nn.parallel.DistributedDataParallel(model), optimizer, inputs()[4 * rank : 4 * rank + 4])
+        torch.save([parameter.detach() for parameter in model.parameters()], f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
+def test_two_processes_train_as_one_on_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(_train_in_parallel, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(map(torch.equal, one, other))
+    alone = network()
+    train(alone, fc.optim.MConFIG(alone.parameters(), lr=1e-2, num_losses=2), inputs())
+    for parameter, expected in zip(one, alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_compiled_training_step_takes_the_same_steps():
+    def step(model, optimizer, loss):
+        with optimizer.record(loss):
+            model(inputs())[:, loss].square().mean().backward()
+        optimizer.step()
+
+    models = [network(), network()]
+    for model, function in zip(models, (step, torch.compile(step, backend="eager")), strict=True):
+        optimizer = fc.optim.MConFIG(model.parameters(), lr=1e-2, num_losses=2)
+        for i in range(STEPS):
+            function(model, optimizer, i % 2)
+    for eager, compiled in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(eager, compiled)

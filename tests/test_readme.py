@@ -1,0 +1,27 @@
+"""The README's training example, as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconfig.demos.burgers_problem import BurgersNetwork, Problem
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_m_config_example_trains_the_demos_network():
+    (block,) = [block for block in BLOCKS if "MConFIG(" in block]
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["opt"].combination.weights.all()
+
+    def losses(network):
+        problem = Problem(seed=1, device=torch.device("cpu"))
+        return [float(problem.loss(network, i).detach()) for i in range(3)]
+
+    untrained, trained = losses(BurgersNetwork(seed=0)), losses(names["model"])
+    assert sum(trained) < 0.5 * sum(untrained)
+    assert trained[2] < 0.2 * untrained[2]
