@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.api import combine, gramian
-from fastconfig.backends.momentum import segment_on
+from fastconfig.backends.momentum import Segment, segment_on
 from fastconfig.conflictfree import grad_operator as _grad_operator
 from fastconfig.conflictfree import loss_recorder as _loss_recorder
 from fastconfig.conflictfree.grad_operator import *  # noqa: F403  (upstream's star exports)
@@ -234,7 +234,12 @@ class PseudoMomentumOperator(MomentumOperator):
         self._moments: Moments | None = None
         self._ledger = Ledger.zeros(num_vectors, torch.device("cpu"))
         self._combined: Tensor | None = None  # fake_m, where it is not Σ weights_i m_i
+        self._written: tuple[Segment, Tensor] | None = None
         self._seen: set[int] = set()
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but what holds addresses."""
+        return {**self.__dict__, "_written": None}
 
     @property
     def m(self) -> list[Tensor] | None:
@@ -342,9 +347,8 @@ class PseudoMomentumOperator(MomentumOperator):
 
     def _fused(self, method: Method, moments: Moments, positions: list[int], vectors: list[Tensor]) -> Tensor:
         """The step by the kernels: the combination is never written down."""
-        update = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
-        segment = segment_on(update.device, None, moments, [Piece(update, 0, 0)])
         rows = tuple(vector.contiguous() for vector in vectors)
+        segment, update = self._writing(moments, rows[0])
         take_step(
             [(segment, Recorded(tuple(positions), rows))],
             self._ledger,
@@ -352,7 +356,21 @@ class PseudoMomentumOperator(MomentumOperator):
             method,
             all_seen=len(self._seen) == self.num_vectors,
         )
-        return update
+        return update if update.device.type == "cpu" else update.clone()
+
+    def _writing(self, moments: Moments, like: Tensor) -> tuple[Segment, Tensor]:
+        """A segment that writes the update into a vector ``like`` a gradient, and that vector.
+
+        The CPU's is new every time. On an accelerator a new segment's addresses are copied to the device, which waits:
+        there one is kept.
+        """
+        if self._written is None or self._written[1].dtype != like.dtype or like.device.type == "cpu":
+            update = torch.empty_like(like)
+            self._written = segment_on(like.device, None, moments, [Piece(update, 0, 0)]), update
+        written = self._written
+        if like.device.type == "cpu":
+            self._written = None  # the vector is the caller's
+        return written
 
     def _by_operator(
         self,
