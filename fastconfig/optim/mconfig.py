@@ -233,6 +233,16 @@ class MConFIG(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         self._rows.check_not_recording("step")
+        try:
+            self._step_by_recorded()
+        except Exception:
+            # A GradScaler removes what it set only once step has returned, and multiplies its next scale by it.
+            vars(self).pop("grad_scale", None)
+            vars(self).pop("found_inf", None)
+            raise
+        return result
+
+    def _step_by_recorded(self) -> None:
         if not self._recorded:
             raise RuntimeError(
                 "step found no gradient: nothing was recorded since the last step. Call backward() inside "
@@ -259,7 +269,6 @@ class MConFIG(torch.optim.Optimizer):
         self._recorded.clear()
         for parameter in self._rows.parameters:
             torch.autograd.graph.increment_version(parameter)
-        return result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, before the first ``record``.
@@ -422,16 +431,21 @@ class MConFIG(torch.optim.Optimizer):
                 parameter.grad = None
 
     def _carry_nonfinite(self, slot: int) -> None:
-        """Make the gradient just recorded show NaN where the one before, which no ``p.grad`` shows now, is not finite.
+        """Make the gradient just recorded show NaN where one before, which no ``p.grad`` shows now, is not finite.
 
-        The step is left out either way. So a GradScaler that sees the last gradient knows of all.
+        The step is left out either way. So a GradScaler that sees the last gradient of each parameter knows of all.
         """
         for s, segment in enumerate(self._rows.segments):
-            shown = min((i for i in self._rows.reached[slot] if self._places[i].segment == s), default=None)
-            if shown is not None:
-                first = self._places[shown].first
-                largest = torch.linalg.vector_norm(segment.rows[slot - 1], ord=math.inf)
-                segment.rows[slot, first] += largest * 0
+            shown, *before = (self._first_reached(s, row) for row in range(slot, -1, -1))
+            hidden = next((slot - 1 - i for i, column in enumerate(before) if column is not None), None)
+            if shown is not None and hidden is not None:
+                largest = torch.linalg.vector_norm(segment.rows[hidden], ord=math.inf)
+                segment.rows[slot, shown] += largest * 0
+
+    def _first_reached(self, segment: int, slot: int) -> int | None:
+        """A column of the segment in which a recorded gradient has an element."""
+        places = (self._places[i] for i in self._rows.reached[slot])
+        return min((place.first for place in places if place.segment == segment and len(place.memory)), default=None)
 
 
 def _check_count(name: str, value: int) -> None:
