@@ -79,12 +79,14 @@ def joined(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.concatenate([np.zeros(0), *(tensor.detach().double().numpy().ravel() for tensor in tensors)])
 
 
-def push(optimizer: fc.optim.MConFIG, loss: int, gradients: dict[Tensor, Tensor]) -> None:
+def push(
+    optimizer: fc.optim.MConFIG, loss: int, gradients: dict[Tensor, Tensor], scaler: torch.amp.GradScaler | None = None
+) -> None:
     """Record exactly these gradients, each in its parameter's dtype; other parameters are not reached."""
     with optimizer.record(loss):
         total = sum((parameter * gradient).sum() for parameter, gradient in gradients.items())
         assert isinstance(total, Tensor)
-        total.backward()
+        (total if scaler is None else scaler.scale(total)).backward()
 
 
 def random_like(parameters: Sequence[Tensor], generator: torch.Generator, scale: float = 1.0) -> dict[Tensor, Tensor]:
