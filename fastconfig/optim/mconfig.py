@@ -323,9 +323,12 @@ class MConFIG(torch.optim.Optimizer):
         packed = packed_state(state_dict, self.param_groups, self._rows.parameters, self._num_losses)
         super().load_state_dict({**state_dict, "state": {}})
         self._recorded.clear()
-        for segment in self._moments:
-            segment.first.zero_()
-            segment.second.zero_()
+        for i, place in enumerate(self._places):
+            if (
+                i not in packed.parameters
+            ):  # the others' may be the optimizer's own, as in load_state_dict(state_dict())
+                for average in self._moments[place.segment]:
+                    average[..., place.first : place.first + len(place.memory)].zero_()
         self._ever_reached.clear()
         self._ever_reached.update(packed.parameters)
         self._describe_state()
@@ -411,7 +414,7 @@ class MConFIG(torch.optim.Optimizer):
         """Make ``state`` show the averages of each parameter that a loss has reached, as views."""
         for i in sorted(self._ever_reached):
             parameter, place = self._rows.parameters[i], self._places[i]
-            if parameter not in self.state:
+            if not self.state.get(parameter):  # reading optimizer.state[parameter] makes an empty entry
                 columns = slice(place.first, place.first + len(place.memory))
                 first, second = self._moments[place.segment]
                 self.state[parameter] = {
