@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastconfig import landing
+from fastconfig import backends, landing
 from fastconfig.backends.momentum import Segment, segment_on
 from fastconfig.combination import Combination
 from fastconfig.landing import GradientRows
@@ -125,12 +125,13 @@ class MConFIG(torch.optim.Optimizer):
             )
         self._num_losses = num_losses
         self._losses_per_step = losses_per_step
-        self._method = DEFAULT_METHOD if method is None else method
+        self._method = DEFAULT_METHOD if method is None else _checked_method(method, num_losses)
         self._max_norm = _checked_norm("max_norm", max_norm)
         self._max_update_norm = _checked_norm("max_update_norm", max_update_norm)
         self._state_dtype = state_dtype
         self._backend = backend
         self._selector = LossSelector(selection, num_losses, losses_per_step, generator)
+        self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
         self._built = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         _check_group(defaults)
@@ -149,7 +150,8 @@ class MConFIG(torch.optim.Optimizer):
         Before the first update the weights are zeros.
         """
         rule = (self._method if isinstance(self._method, ConFIG) else DEFAULT_METHOD).rule
-        return combination_of(self._ledger, self.param_groups[0]["betas"][0], rule.rtol)
+        beta1 = self.param_groups[0]["betas"][0] if self._last_beta1 is None else self._last_beta1
+        return combination_of(self._ledger, beta1, rule.rtol)
 
     @property
     def steps_left_out(self) -> int:
@@ -254,11 +256,11 @@ class MConFIG(torch.optim.Optimizer):
                 "scaler.unscale_(optimizer) divided only the last of several recorded gradients by the scale; leave it "
                 "out, as step unscales by itself, and clip by max_norm="
             )
-        losses = tuple(self._recorded)
+        losses, rule = tuple(self._recorded), self._rule()
         take_step(
             self._active_segments(losses),
             self._ledger,
-            self._rule(),
+            rule,
             self._method,
             all_seen=len(self._seen.union(losses)) == self._num_losses,
             backend=self._backend,
@@ -267,6 +269,7 @@ class MConFIG(torch.optim.Optimizer):
         )
         self._seen.update(losses)
         self._recorded.clear()
+        self._last_beta1 = rule.beta1
         for parameter in self._rows.parameters:
             torch.autograd.graph.increment_version(parameter)
 
@@ -282,6 +285,7 @@ class MConFIG(torch.optim.Optimizer):
             super().add_param_group(param_group)
             _check_group(self.param_groups[-1])
             return
+        self._rows.check_not_recording("add_param_group")
         if self._seen or self._recorded:
             raise RuntimeError(
                 "add_param_group came after the first record: the averages of new parameters would start at zero under "
@@ -320,9 +324,11 @@ class MConFIG(torch.optim.Optimizer):
             TypeError, ValueError: not the state of an MConFIG, or of one over other losses or parameters. Nothing has
                 changed.
         """
+        self._rows.check_not_recording("load_state_dict")
         packed = packed_state(state_dict, self.param_groups, self._rows.parameters, self._num_losses)
         super().load_state_dict({**state_dict, "state": {}})
         self._recorded.clear()
+        self._last_beta1 = None
         for i, place in enumerate(self._places):
             if (
                 i not in packed.parameters
@@ -350,6 +356,8 @@ class MConFIG(torch.optim.Optimizer):
             _check_parameter(parameter, i)
         count = self._losses_per_step
         segments = [landing.Segment(kind, count) for kind in landing.by_kind(trained)]
+        for segment in segments:
+            backends.select(segment.device, self._backend)  # now, not in the first step, is the time to complain
         self._moments = [self._moments_of(segment) for segment in segments]
         self._rows = GradientRows(segments, count, "MConFIG")
         self._places = [
@@ -456,6 +464,14 @@ def _check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _checked_method(method: Method, num_losses: int) -> Method:
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
+    if isinstance(method, ConFIG):
+        method.rule.check_losses(num_losses)
+    return method
 
 
 def _checked_norm(name: str, value: float | None) -> float | None:
