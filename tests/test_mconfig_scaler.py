@@ -206,6 +206,43 @@ def test_a_step_that_raised_under_a_scaler_leaves_no_scale_behind(backend):
         assert torch.equal(plain[0], ours[0])
 
 
+class Counting:
+    """A method that knows how often it was asked."""
+
+    asked = 0
+
+    def weights(self, gramian):
+        self.asked += 1
+        return torch.ones(len(gramian))
+
+
+@pytest.mark.parametrize("path", ["fused", "two segments", "method"])
+def test_what_the_scaler_found_counts_though_it_was_mended(backend, path):
+    """inf before ``unscale_``, cleaned up after it: torch's optimizers leave such a step out, and so is this."""
+    parameters = parameters_of((3,), dtype=torch.float32) + (parameters_of((2,)) if path == "two segments" else [])
+    method = Counting() if path == "method" else None
+    optimizer = fc.optim.MConFIG(parameters, lr=0.1, num_losses=1, method=method, backend=backend)
+    scaler = GradScaler("cpu", init_scale=64.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        given = random_like(parameters, generator)
+        if step == 3:
+            given[parameters[0]][0] = math.inf
+        push(optimizer, 0, given, scaler)
+        scaler.unscale_(optimizer)
+        for parameter in parameters:
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        before = snapshot(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 3:
+            assert_same(optimizer, before)
+        else:
+            assert not torch.equal(parameters[0], before[0])
+    assert optimizer.steps_left_out == 1
+    assert method is None or method.asked == 5
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_unscale_then_clip_by_torch(backend, k):
     """With one loss a step, though k may be more: what ``p.grad`` shows is what enters the average."""
