@@ -62,7 +62,7 @@ def take_step(
     products = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
     if config is not None and config.nonfinite == "raise":
         raise_if_nonfinite(products, recorded.losses)
-    ask = all_seen and (home.type != "cpu" or bool(torch.isfinite(products).all()))
+    ask = all_seen and (home.type != "cpu" or _has_use_for(ledger, recorded.losses, products, found_inf))
     decision = decide(ledger, recorded.losses, products, scales, rule, _weights_by(method, ask), found_inf)
     beside = [
         (segment, recorded, Decision.of(decision.numbers.to(recorded.rows[0].device), len(ledger.weights)))
@@ -95,6 +95,14 @@ def _weights_by(method: Method, ask: bool) -> Callable[[Tensor], Tensor]:
         return check_method_weights(weights_of(method, gramian), gramian, method)
 
     return weights
+
+
+def _has_use_for(ledger: Ledger, losses: Sequence[int], products: Tensor, found_inf: Tensor | None) -> bool:
+    """Whether a method's answer would be used: the gradients are finite, and so was one of every other loss."""
+    seen = ledger.counts > 0
+    seen[list(losses)] = True
+    finite = torch.isfinite(products).all() and (found_inf is None or not found_inf)
+    return bool(seen.all() and finite)
 
 
 def _scales(

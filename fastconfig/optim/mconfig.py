@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fastconfig import landing
+from fastconfig import backends, landing
 from fastconfig.backends.momentum import Segment, segment_on
 from fastconfig.combination import Combination
 from fastconfig.landing import GradientRows
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
 from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.momentum import combination_of, take_step
+from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
 from fastconfig.optim.selection import LossSelector, Selection
 from fastconfig.optim.state import copy_state, packed_state
 
@@ -113,8 +114,8 @@ class MConFIG(torch.optim.Optimizer):
         differentiable: bool = False,
         backend: str | None = None,
     ) -> None:
-        _check_count("num_losses", num_losses)
-        _check_count("losses_per_step", losses_per_step)
+        check_count("num_losses", num_losses)
+        check_count("losses_per_step", losses_per_step)
         if losses_per_step > num_losses:
             raise ValueError(f"losses_per_step must be at most num_losses={num_losses}, got {losses_per_step}")
         if differentiable:
@@ -126,15 +127,16 @@ class MConFIG(torch.optim.Optimizer):
             )
         self._num_losses = num_losses
         self._losses_per_step = losses_per_step
-        self._method = DEFAULT_METHOD if method is None else method
-        self._max_norm = _checked_norm("max_norm", max_norm)
-        self._max_update_norm = _checked_norm("max_update_norm", max_update_norm)
+        self._method = DEFAULT_METHOD if method is None else checked_method(method, num_losses)
+        self._max_norm = checked_norm("max_norm", max_norm)
+        self._max_update_norm = checked_norm("max_update_norm", max_update_norm)
         self._state_dtype = state_dtype
         self._backend = backend
         self._selector = LossSelector(selection, num_losses, losses_per_step, generator)
+        self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
         self._built = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        _check_group(defaults)
+        check_group(defaults)
         super().__init__(params, defaults)
         self._build()
 
@@ -150,7 +152,8 @@ class MConFIG(torch.optim.Optimizer):
         Before the first update the weights are zeros.
         """
         rule = (self._method if isinstance(self._method, ConFIG) else DEFAULT_METHOD).rule
-        return combination_of(self._ledger, self.param_groups[0]["betas"][0], rule.rtol)
+        beta1 = self.param_groups[0]["betas"][0] if self._last_beta1 is None else self._last_beta1
+        return combination_of(self._ledger, beta1, rule.rtol)
 
     @property
     def steps_left_out(self) -> int:
@@ -236,16 +239,26 @@ class MConFIG(torch.optim.Optimizer):
         """
         if is_dynamo_compiling():
             # By addresses, which no graph can hold.
-            eager: Callable[[Callable[[], float] | None], float | None] = torch.compiler.disable(self._take_step)
+            eager: Callable[[Callable[[], float] | None], float | None] = torch.compiler.disable(self._step)
             return eager(closure)
-        return self._take_step(closure)
+        return self._step(closure)
 
-    def _take_step(self, closure: Callable[[], float] | None) -> float | None:
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         self._rows.check_not_recording("step")
+        try:
+            self._step_by_recorded()
+        except Exception:
+            # A GradScaler removes what it set only once step has returned, and multiplies its next scale by it.
+            vars(self).pop("grad_scale", None)
+            vars(self).pop("found_inf", None)
+            raise
+        return result
+
+    def _step_by_recorded(self) -> None:
         if not self._recorded:
             raise RuntimeError(
                 "step found no gradient: nothing was recorded since the last step. Call backward() inside "
@@ -257,11 +270,11 @@ class MConFIG(torch.optim.Optimizer):
                 "scaler.unscale_(optimizer) divided only the last of several recorded gradients by the scale; leave it "
                 "out, as step unscales by itself, and clip by max_norm="
             )
-        losses = tuple(self._recorded)
+        losses, rule = tuple(self._recorded), self._rule()
         take_step(
             self._active_segments(losses),
             self._ledger,
-            self._rule(),
+            rule,
             self._method,
             all_seen=len(self._seen.union(losses)) == self._num_losses,
             backend=self._backend,
@@ -270,8 +283,8 @@ class MConFIG(torch.optim.Optimizer):
         )
         self._seen.update(losses)
         self._recorded.clear()
+        self._last_beta1 = rule.beta1
         landing.mark_written(self._rows.parameters)
-        return result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, before the first ``record``.
@@ -283,8 +296,9 @@ class MConFIG(torch.optim.Optimizer):
         """
         if not self._built:  # by the base class's constructor
             super().add_param_group(param_group)
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
             return
+        self._rows.check_not_recording("add_param_group")
         if self._seen or self._recorded:
             raise RuntimeError(
                 "add_param_group came after the first record: the averages of new parameters would start at zero under "
@@ -292,7 +306,7 @@ class MConFIG(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
             self._build()
         except Exception:
             self.param_groups.pop()
@@ -323,12 +337,16 @@ class MConFIG(torch.optim.Optimizer):
             TypeError, ValueError: not the state of an MConFIG, or of one over other losses or parameters. Nothing has
                 changed.
         """
+        self._rows.check_not_recording("load_state_dict")
         packed = packed_state(state_dict, self.param_groups, self._rows.parameters, self._num_losses)
         super().load_state_dict({**state_dict, "state": {}})
         self._recorded.clear()
-        for segment in self._moments:
-            segment.first.zero_()
-            segment.second.zero_()
+        self._last_beta1 = None
+        for i, place in enumerate(self._places):
+            # What the checkpoint holds may be the optimizer's own memory, as in load_state_dict(state_dict()).
+            if i not in packed.parameters:
+                for average in self._moments[place.segment]:
+                    average[..., place.first : place.first + len(place.memory)].zero_()
         self._ever_reached.clear()
         self._ever_reached.update(packed.parameters)
         self._describe_state()
@@ -347,9 +365,11 @@ class MConFIG(torch.optim.Optimizer):
         group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group}
         trained = landing.trained(parameter for group in groups for parameter in group)
         for i, parameter in enumerate(trained):
-            _check_parameter(parameter, i)
+            check_parameter(parameter, i)
         count = self._losses_per_step
         segments = [landing.Segment(kind, count) for kind in landing.by_kind(trained)]
+        for segment in segments:
+            backends.select(segment.device, self._backend)  # now, not in the first step, is the time to complain
         self._moments = [self._moments_of(segment) for segment in segments]
         self._rows = GradientRows(segments, count, "MConFIG")
         self._places = [
@@ -413,7 +433,7 @@ class MConFIG(torch.optim.Optimizer):
         """Make ``state`` show the averages of each parameter that a loss has reached, as views."""
         for i in sorted(self._ever_reached):
             parameter, place = self._rows.parameters[i], self._places[i]
-            if parameter not in self.state:
+            if not self.state.get(parameter):  # reading optimizer.state[parameter] makes an empty entry
                 columns = slice(place.first, place.first + len(place.memory))
                 first, second = self._moments[place.segment]
                 self.state[parameter] = {
@@ -422,67 +442,18 @@ class MConFIG(torch.optim.Optimizer):
                 }
 
     def _carry_nonfinite(self, slot: int) -> None:
-        """Make the gradient just recorded show NaN where the one before, which no ``p.grad`` shows now, is not finite.
+        """Make the gradient just recorded show NaN where one before, which no ``p.grad`` shows now, is not finite.
 
-        The step is left out either way. So a GradScaler that sees the last gradient knows of all.
+        The step is left out either way. So a GradScaler that sees the last gradient of each parameter knows of all.
         """
         for s, segment in enumerate(self._rows.segments):
-            shown = min((i for i in self._rows.reached[slot] if self._places[i].segment == s), default=None)
-            if shown is not None:
-                first = self._places[shown].first
-                largest = torch.linalg.vector_norm(segment.rows[slot - 1], ord=math.inf)
-                segment.rows[slot, first] += largest * 0
+            shown, *before = (self._first_reached(s, row) for row in range(slot, -1, -1))
+            hidden = next((slot - 1 - i for i, column in enumerate(before) if column is not None), None)
+            if shown is not None and hidden is not None:
+                largest = torch.linalg.vector_norm(segment.rows[hidden], ord=math.inf)
+                segment.rows[slot, shown] += largest * 0
 
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _checked_norm(name: str, value: float | None) -> float | None:
-    if value is not None and not (isinstance(value, (int, float)) and value > 0):
-        raise ValueError(f"{name} must be a number above 0 or None, got {value!r}")
-    return value
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError where a parameter group's options cannot be."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.is_complex():
-            raise ValueError(f"lr must be a number or a real tensor of one element, got shape {tuple(lr.shape)}")
-    else:
-        _check_number("lr", lr)
-    for name in ("eps", "weight_decay"):
-        _check_number(name, group[name])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
-    for i, beta in enumerate(betas):
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-            raise TypeError(f"betas[{i}] must be a number, got {beta!r}")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{i}] must lie in [0, 1), got {beta}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
-
-
-def _check_parameter(parameter: Tensor, index: int) -> None:
-    """Raise ValueError where a step could not write to a parameter's memory in order."""
-    if parameter.device.type == "meta":
-        raise ValueError(
-            f"parameter {index}, shape {tuple(parameter.shape)}, is on the meta device and has no memory; make the "
-            "optimizer after model.to_empty(device=...) and the initialisation"
-        )
-    if not landing.is_dense(parameter):
-        raise ValueError(
-            f"parameter {index}, shape {tuple(parameter.shape)}, has strides {parameter.stride()} that leave gaps or "
-            "overlap; make it contiguous first"
-        )
+    def _first_reached(self, segment: int, slot: int) -> int | None:
+        """A column of the segment in which a recorded gradient has an element."""
+        places = (self._places[i] for i in self._rows.reached[slot])
+        return min((place.first for place in places if place.segment == segment and len(place.memory)), default=None)

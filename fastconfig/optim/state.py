@@ -36,9 +36,7 @@ def packed_state(
         raise TypeError(
             f"state_dict must be what MConFIG.state_dict() returned, with state, param_groups and shared, got {found}"
         )
-    shared = state_dict["shared"]
-    if shared["num_losses"] != num_losses:
-        raise ValueError(f"state_dict is of num_losses={shared['num_losses']}, this optimizer of {num_losses}")
+    shared = _checked_shared(state_dict["shared"], num_losses)
     saved = [group["params"] for group in state_dict["param_groups"]]
     ours = [group["params"] for group in groups]
     if list(map(len, saved)) != list(map(len, ours)):
@@ -50,7 +48,7 @@ def packed_state(
     parameters = {}
     for ids, group in zip(saved, ours, strict=True):
         for key, parameter in zip(ids, group, strict=True):
-            if key in state_dict["state"]:
+            if state_dict["state"].get(key):
                 if id(parameter) not in position:
                     raise ValueError(
                         f"state_dict holds averages of parameter {key}, shape {tuple(parameter.shape)}, which needed "
@@ -58,6 +56,22 @@ def packed_state(
                     )
                 parameters[position[id(parameter)]] = _checked(state_dict["state"][key], key, parameter, num_losses)
     return PackedState(parameters, shared)
+
+
+def _checked_shared(shared: Mapping[str, Any], num_losses: int) -> dict[str, Any]:
+    needed = ("num_losses", *Ledger._fields, "selection")
+    if not isinstance(shared, Mapping) or not shared.keys() >= set(needed):
+        found = sorted(shared) if isinstance(shared, Mapping) else type(shared).__name__
+        raise TypeError(f"state_dict's shared must hold {', '.join(needed)}, got {found}")
+    if shared["num_losses"] != num_losses:
+        raise ValueError(f"state_dict is of num_losses={shared['num_losses']}, this optimizer of {num_losses}")
+    for name, wanted in Ledger.zeros(num_losses, torch.device("meta"))._asdict().items():
+        value = shared[name]
+        if value.shape != wanted.shape:
+            raise ValueError(f"state_dict's {name} must have shape {tuple(wanted.shape)}, got {tuple(value.shape)}")
+        if value.device.type == "meta":
+            raise ValueError(f"state_dict's {name} is on the meta device and holds no numbers")
+    return dict(shared)
 
 
 def _checked(state: Mapping[str, Tensor], key: object, parameter: Tensor, num_losses: int) -> dict[str, Tensor]:
