@@ -119,7 +119,8 @@ def _scales(
     if max_norm is not None:
         parts = [_squares(recorded, backend).to(home) for _, recorded in segments]
         norms = torch.stack(parts).sum(dim=0).sqrt() * scales
-        scales = scales * (max_norm / norms).clamp(max=1.0)
+        clip = (max_norm / norms).clamp(max=1.0)
+        scales = scales * torch.where(torch.isfinite(norms), clip, torch.nan)  # 0 would make a finite gradient vanish
     return scales
 
 

@@ -137,6 +137,19 @@ def test_without_a_scaler_a_step_is_left_out_all_the_same(backend, method, bad):
     assert optimizer.steps_left_out == 3
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_norm_out_of_range_leaves_the_step_out_be_it_clipped_or_not(backend, max_norm):
+    """float64 elements of 1e200, whose squares overflow: clipping must not make a zero of them that counts."""
+    parameters = parameters_of((3,))
+    optimizer = fc.optim.MConFIG(parameters, num_losses=1, max_norm=max_norm, backend=backend)
+    before = snapshot(optimizer)[-3:]
+    push(optimizer, 0, {parameters[0]: torch.full((3,), 1e200, dtype=torch.float64)})
+    optimizer.step()
+    assert optimizer.steps_left_out == 1
+    for found, wanted in zip(snapshot(optimizer)[-3:], before, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_steps_that_were_left_out_leave_no_trace(backend):
     """Training with them is training without."""
     plain, ours = parameters_of((5,)), parameters_of((5,))

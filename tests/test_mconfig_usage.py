@@ -250,8 +250,24 @@ def test_groups_of_different_betas_are_refused_when_it_matters(backend):
     push(optimizer, 0, ones(parameters))
     with pytest.raises(ValueError, match=r"share betas.*\(0\.9, 0\.999\).*\(0\.8, 0\.999\)"):
         optimizer.step()
-    optimizer.param_groups[1]["betas"] = (0.9, 0.999)
+    optimizer.param_groups[1]["betas"] = [0.9, 0.999]  # as from a file of options
     optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"max_update_norm": 1.0}, {"selection": "random"}], ids=str)
+def test_the_default_device_is_nobodys_concern(backend, options):
+    """torch.set_default_device says where a model is made, not where losses are drawn and averages lie."""
+    optimizer, parameters = optimizer_of(backend=backend, **options)
+    gradients = ones(parameters)
+    before = parameters[0].detach().clone()
+    with torch.device("meta"):
+        other = fc.optim.MConFIG(parameters, num_losses=2, selection="random")
+        assert sorted(other.next_loss() for _ in range(2)) == [0, 1]
+        for _ in range(3):
+            push(optimizer, optimizer.next_loss(), gradients)
+            optimizer.step()
+    assert optimizer.combination.weights.sum() > 0
+    assert not torch.equal(parameters[0], before)
 
 
 def test_named_parameters_and_parameters_given_twice():

@@ -54,7 +54,7 @@ def use_tier(name: str) -> None:
 
 def gramian(rows: Rows) -> Tensor:
     """As reference.gramian, in one pass over the rows."""
-    result = torch.empty(rows.m, rows.m, dtype=torch.float64)
+    result = torch.empty(rows.m, rows.m, dtype=torch.float64, device=rows.device)
     _core.gramian(_addresses(rows), rows.n, DTYPES[rows.dtype], result.data_ptr(), torch.get_num_threads())
     return result
 
@@ -77,7 +77,7 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     if callable(rule.length):
         return reference.config_weights(gramian, rule)
     gramian = gramian.contiguous()
-    weights = torch.empty(len(gramian), dtype=torch.float64)
+    weights = torch.empty(len(gramian), dtype=torch.float64, device=gramian.device)
     bad = _core.config_weights(gramian.data_ptr(), len(gramian), native_rule(rule, len(gramian)), weights.data_ptr())
     if bad != _core.FINITE:
         raise FloatingPointError(nonfinite_message(bad))

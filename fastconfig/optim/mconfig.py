@@ -395,7 +395,7 @@ class MConFIG(torch.optim.Optimizer):
     def _rule(self) -> StepRule:
         betas = self.param_groups[0]["betas"]
         for i, group in enumerate(self.param_groups):
-            if group["betas"] != betas:
+            if tuple(group["betas"]) != tuple(betas):
                 raise ValueError(f"all groups must share betas, got {betas} in group 0 and {group['betas']} in {i}")
         groups = tuple(
             Group(group["lr"], group["weight_decay"], group["eps"], group["maximize"]) for group in self.param_groups

@@ -94,7 +94,7 @@ class LossSelector:
             open_losses, weights = never, [1.0] * self._num_losses
         else:
             weights = self._checked_weights(weights)
-        likely = torch.tensor([weights[i] for i in open_losses], dtype=torch.float64)
+        likely = torch.tensor([weights[i] for i in open_losses], dtype=torch.float64, device="cpu")
         if not likely.any():  # all that is left has weight 0, but a step needs as many losses
             likely.fill_(1.0)
         return open_losses[int(torch.multinomial(likely, 1, generator=self._generator))]
@@ -126,4 +126,4 @@ class LossSelector:
 
 def _seeded_generator() -> torch.Generator:
     """A generator that follows from torch.manual_seed, and that no other drawing disturbs afterwards."""
-    return torch.Generator().manual_seed(int(torch.randint(2**62, (), dtype=torch.int64)))
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")))

@@ -31,7 +31,7 @@ class Segment:
 
     def products(self, recorded: Recorded, scales: Tensor, beta1: float) -> Tensor:
         """As reference.Segment.products."""
-        out = torch.empty(len(recorded.losses), self._m, dtype=torch.float64)
+        out = torch.empty(len(recorded.losses), self._m, dtype=torch.float64, device="cpu")
         self._native.products(
             _native_recorded(recorded), scales.data_ptr(), beta1, out.data_ptr(), torch.get_num_threads()
         )
@@ -48,7 +48,7 @@ class Segment:
         square = self._native.update_square(
             _native_recorded(recorded), _native_rule(rule), decision.numbers.data_ptr(), torch.get_num_threads()
         )
-        return torch.tensor(square, dtype=torch.float64)
+        return torch.tensor(square, dtype=torch.float64, device="cpu")
 
     def step(
         self,
