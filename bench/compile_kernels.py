@@ -260,7 +260,7 @@ class Recorder:
         return StandIn(launch)
 
     def tuned(self, candidates: Sequence[Any], operand: object, launch: Callable[[Any], None]) -> object:
-        """As the backend's _tuned, which takes the first; the others are recorded too."""
+        """As the backend's tuned, which takes the first; the others are recorded too."""
         self.choice = "autotune"
         for candidate in candidates[1:]:
             launch(candidate)
@@ -278,7 +278,7 @@ def recording(recorder: Recorder, alternatives: bool) -> Iterator[None]:
     forget_devices()
     replaced = {
         "launched": SimpleNamespace(**{name: recorder.kernel(name) for name in KERNELS}),
-        "_describe": lambda _: device,
+        "device_of": lambda _: device,
         # Where the kernels do not go, as float64 matrix products on AMD with an old Triton: nothing to compile.
         "reference": SimpleNamespace(
             gramian=lambda rows: torch.empty(rows.m, rows.m, dtype=torch.float64),
@@ -286,7 +286,7 @@ def recording(recorder: Recorder, alternatives: bool) -> Iterator[None]:
         ),
     }
     if alternatives:
-        replaced["_tuned"] = recorder.tuned
+        replaced["tuned"] = recorder.tuned
     with mock.patch.multiple(backend, **replaced):
         yield
     forget_devices()
