@@ -18,6 +18,12 @@ def renewed(average, gradient, kept, entering):
 
 
 @triton.jit
+def gradient_tile(pointers, mask):
+    """Elements of a gradient: in a narrower dtype than the state's, its loads are narrower, too."""
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
 def is_recorded(recorded, i):
     """Whether bit i of an int64 says that loss i has a gradient."""
     return ((recorded >> i) & 1) != 0
@@ -25,30 +31,38 @@ def is_recorded(recorded, i):
 
 @triton.jit
 def few_gradients(addresses, slots, recorded, scales, beta1, M: tl.constexpr, GRADIENT: tl.constexpr):
-    """What the tiles of up to 8 rows have to know of the gradients: (pointers, factors (1 - β₁)·scale, bits, β₁).
+    """What the tiles of up to 8 rows have to know of the gradients: (pointers, bits, slots, scales, β₁).
 
     Args:
         addresses: a tuple of 8 int64, where the gradient of each loss begins; of any value where there is none.
         slots: int64, byte i says which of ``scales`` is that of loss i.
         recorded: int64, bit i says whether loss i has a gradient.
         scales: float64.
+        beta1: float64.
     """
     pointers = ()
-    factors = ()
     for i in tl.static_range(M):
         pointers = pointers + (tl.cast(addresses[i], tl.int64).to(tl.pointer_type(GRADIENT)),)
-        scale = tl.load(scales + ((slots >> (8 * i)) & 255), mask=is_recorded(recorded, i), other=0.0)
-        factors = factors + ((1.0 - beta1) * scale,)
-    return pointers, factors, recorded, beta1
+    return pointers, recorded, slots, scales, beta1
+
+
+@triton.jit
+def few_renewed(average, gradient, gradients, i):
+    """The new average i, which has a gradient. Its scale is read here, once a tile, for it would fill registers."""
+    _, _, slots, scales, beta1 = gradients
+    scale = tl.load(scales + ((slots >> (8 * i)) & 255))
+    return renewed(average, gradient, beta1, (1.0 - beta1) * scale)
 
 
 @triton.jit
 def table_address(table, i, inside):
-    """Where the gradient of loss i begins, 0 where there is none: i a number or a tensor; of more than 8 rows."""
+    """Where the gradient of loss i begins, 0 where it has none: i a number or a tensor; of more than 8 rows."""
     return tl.load(table + i, mask=inside, other=0)
 
 
 @triton.jit
-def table_factor(table, scales, i, inside, beta1, M: tl.constexpr):
-    """(1 - β₁)·scale of loss i: behind the M addresses of the table stand the places of the losses' scales."""
-    return (1.0 - beta1) * tl.load(scales + tl.load(table + M + i, mask=inside, other=0))
+def table_renewed(average, gradient, gradients, i, inside, M: tl.constexpr):
+    """The new averages i of more than 8: behind the M addresses of the table stand the places of the losses' scales."""
+    table, scales, beta1 = gradients
+    scale = tl.load(scales + tl.load(table + M + i, mask=inside, other=0))
+    return renewed(average, gradient, beta1, (1.0 - beta1) * scale)

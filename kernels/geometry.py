@@ -5,7 +5,7 @@ Plain numbers; nothing here is found by trying at a user's first step. ``FASTCON
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 FEW = 8
@@ -155,8 +155,13 @@ def look(m: int) -> Few:
 
 @cache
 def look_many(m: int, itemsize: int, lanes: int) -> Many:
-    """The launch of the Gramian of more than 8 averages with gradients in them."""
-    return many(m, itemsize, lanes)[0]
+    """The launch of the Gramian of more than 8 averages with gradients in them.
+
+    As ``many``; but float64 averages of several blocks, beside which their gradients lie in registers until they are
+    used, come in tiles of half as many columns.
+    """
+    launch = many(m, itemsize, lanes)[0]
+    return replace(launch, depth=launch.depth // 2) if itemsize == 8 and m > BLOCK_ROWS else launch
 
 
 @cache
@@ -165,7 +170,7 @@ def write(m: int) -> Combination:
 
     A thread has m + k + 2 loads of 16 bytes under way, and its new averages in registers until they are written.
     """
-    return Combination(programs=5 if m <= 4 else 4)
+    return Combination(programs=4 if m <= 3 else 3)
 
 
 def pairs(m: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import geometry
-from .averages import is_recorded, renewed, table_address, table_factor
+from .averages import few_renewed, gradient_tile, is_recorded, table_address, table_renewed
 from .rows import columns_of, row_pointer, row_pointers, tile_columns, tile_pointers, uniform, widened
 
 BLOCK_ROWS = tl.constexpr(geometry.BLOCK_ROWS)
@@ -73,19 +73,19 @@ def renewed_tiles(
     MASKED: tl.constexpr,
 ):
     """The rows' tiles with the gradients in them, which are all loaded before the first is used."""
-    addresses, factors, recorded, beta1 = gradients
+    addresses, recorded, _, _, _ = gradients
     loaded = ()
     for i in tl.static_range(M):
         mask = uniform(is_recorded(recorded, i))
         if MASKED:
             mask = mask & (tile_columns(THREADS, VECTOR) < n - start)
         pointers = tile_pointers(addresses[i], start, THREADS, VECTOR, ALIGNED)
-        loaded = loaded + (tl.load(pointers, mask=mask, other=0.0),)
+        loaded = loaded + (gradient_tile(pointers, mask),)
     new = ()
     for i in tl.static_range(M):
         tile = tiles[i]
         if is_recorded(recorded, i):
-            tile = renewed(tile, loaded[i], beta1, factors[i])
+            tile = few_renewed(tile, loaded[i], gradients, i)
         new = new + (tile,)
     return new
 
@@ -217,31 +217,27 @@ def block_tiles(
 
 
 @triton.jit
-def block_factors(table, scales, beta1, first, COUNT: tl.constexpr, M: tl.constexpr):
-    """Of COUNT neighbouring blocks: which rows have a gradient, how many have, and (1 - β₁)·scale of each.
-
-    The first and the last are [1, BLOCK_ROWS, 1].
-    """
-    factors = ()
+def recorded_in(table, first, COUNT: tl.constexpr, M: tl.constexpr):
+    """How many rows of each of COUNT neighbouring blocks have a gradient."""
+    counts = ()
     for b in tl.static_range(COUNT):
         row = (first + b) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        present = table_address(table, row, row < M) != 0
-        factor = table_factor(table, scales, row, present, beta1, M)
-        count = tl.sum(present.to(tl.int32))
-        factors = factors + ((present[None, :, None], count, factor[None, :, None]),)
-    return factors
+        counts = counts + (tl.sum((table_address(table, row, row < M) != 0).to(tl.int32)),)
+    return counts
 
 
 @triton.jit
-def renewed_all(tiles, gradients, factors, beta1, COUNT: tl.constexpr):
+def renewed_blocks(tiles, loaded, gradients, counts, first, COUNT: tl.constexpr, M: tl.constexpr):
     """A tuple of tiles of averages with the gradients in them; a block without any is left as it is."""
     new = ()
     for b in tl.static_range(COUNT):
-        present, count, factor = factors[b]
         tile = tiles[b]
-        if count > 0:
-            tile = tl.where(present, renewed(tile, gradients[b], beta1, factor), tile)
-        new = new + (tile,)
+        wide = widened(tile)
+        if counts[b] > 0:
+            row = (first + b) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :, None]
+            present = table_address(gradients[0], row, row < M) != 0
+            wide = tl.where(present, widened(table_renewed(tile, loaded[b], gradients, row, present, M)), wide)
+        new = new + (wide,)
     return new
 
 
@@ -290,17 +286,18 @@ def block_sums(
     x_next = block_tiles(rows, stride, left, start, rest, LEFT, M, DTYPE, WARPS, DEPTH, ALIGNED, False, False)
     y_next = block_tiles(rows, stride, right, start, rest, RIGHT, M, DTYPE, WARPS, DEPTH, ALIGNED, False, False)
     if gradients is not None:
-        table, scales, beta1 = gradients
+        table = gradients[0]
         u_next = block_tiles(table, 0, left, start, rest, LEFT, M, GRADIENT, WARPS, DEPTH, ALIGNED, True, False)
         v_next = block_tiles(table, 0, right, start, rest, RIGHT, M, GRADIENT, WARPS, DEPTH, ALIGNED, True, False)
-        x_factors = block_factors(table, scales, beta1, left, LEFT, M)
-        y_factors = block_factors(table, scales, beta1, right, RIGHT, M)
+        x_counts = recorded_in(table, left, LEFT, M)
+        y_counts = recorded_in(table, right, RIGHT, M)
     for tile in range(program, whole + programs, programs):
         if gradients is not None:
-            x_next = renewed_all(x_next, u_next, x_factors, beta1, LEFT)
-            y_next = renewed_all(y_next, v_next, y_factors, beta1, RIGHT)
-        x = widened_all(x_next, LEFT)
-        y = widened_all(y_next, RIGHT)
+            x = renewed_blocks(x_next, u_next, gradients, x_counts, left, LEFT, M)
+            y = renewed_blocks(y_next, v_next, gradients, y_counts, right, RIGHT, M)
+        else:
+            x = widened_all(x_next, LEFT)
+            y = widened_all(y_next, RIGHT)
         start = tile * size
         ahead = whole - tile
         x_next = block_tiles(rows, stride, left, start, ahead, LEFT, M, DTYPE, WARPS, DEPTH, ALIGNED, False, True)

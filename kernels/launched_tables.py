@@ -80,10 +80,11 @@ def table_of_group(
     """Write a group's entry of the table of ``parameters``."""
     words = groups + group * GROUP
     numbers = words.to(tl.pointer_type(tl.float64))
-    tl.store(numbers, lr)
-    tl.store(numbers + 1, weight_decay)
-    tl.store(numbers + 2, eps)
-    tl.store(numbers + 3, along)
+    zero = tl.full([], 0.0, tl.float64)  # by adding to it, the interpreter, too, keeps the numbers in float64
+    tl.store(numbers, zero + lr)
+    tl.store(numbers + 1, zero + weight_decay)
+    tl.store(numbers + 2, zero + eps)
+    tl.store(numbers + 3, zero + along)
     tl.store(words + 4, lr_address)
     tl.store(words + 5, lr_is_double)
     tl.store(words + 6, assign)

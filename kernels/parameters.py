@@ -28,10 +28,16 @@ def pieces_in(ranges, start, count: tl.constexpr, n):
 def piece_columns(pieces, piece, last, start, THREADS: tl.constexpr, VECTOR: tl.constexpr):
     """[THREADS, VECTOR] which columns of the tile are the piece's; none from piece ``last`` on."""
     there = piece < last
-    first = tl.load(pieces + piece * PIECE + 1, mask=there, other=0) - start
-    end = tl.load(pieces + piece * PIECE + 2, mask=there, other=0) - start
+    first = within(tl.load(pieces + piece * PIECE + 1, mask=there, other=0) - start, THREADS * VECTOR)
+    end = within(tl.load(pieces + piece * PIECE + 2, mask=there, other=0) - start, THREADS * VECTOR)
     columns = tile_columns(THREADS, VECTOR)
     return (columns >= first) & (columns < end)
+
+
+@triton.jit
+def within(column, COUNT: tl.constexpr):
+    """A column, or the nearest one of a tile of COUNT or its end: a number of 32 bits, which takes fewer registers."""
+    return tl.minimum(tl.maximum(column, 0), COUNT).to(tl.int32)
 
 
 @triton.jit

@@ -11,27 +11,41 @@ import triton
 import triton.language as tl
 
 from . import geometry
-from .averages import is_recorded, renewed, table_address, table_factor
+from .averages import few_renewed, gradient_tile, is_recorded, table_address, table_renewed
 from .decision import HEAD
 from .parameters import group_numbers, parameter_pointers, parameter_values, piece_columns, pieces_in
 from .rows import rounded, tile_columns, tile_pointers, uniform, widened
 
 FEW = tl.constexpr(geometry.FEW)
-"""Rows whose loads are under way together."""
+TOGETHER = tl.constexpr(4)
+"""At most how many rows' loads are under way together: old averages, gradients and new averages fill registers."""
 
 
 @triton.jit
-def gradient_of(gradients, i, u: tl.constexpr, M: tl.constexpr, GRADIENT: tl.constexpr):
-    """(where loss i's gradient begins, whether there is one, its factor (1 - β₁)·scale, β₁); u is i up to 8 rows."""
+def gradient_of(gradients, i, M: tl.constexpr, GRADIENT: tl.constexpr):
+    """Where loss i's gradient begins, and whether there is one."""
     if M <= FEW:
-        pointers, factors, recorded, beta1 = gradients
-        return pointers[u], is_recorded(recorded, u), factors[u], beta1
+        address = gradients[0][0].to(tl.int64)
+        for u in tl.static_range(1, M):
+            address = tl.where(i == u, gradients[0][u].to(tl.int64), address)
+        return address.to(tl.pointer_type(GRADIENT)), is_recorded(gradients[1], i)
     else:
-        table, scales, beta1 = gradients
-        address = table_address(table, i, i < M)
-        recorded = address != 0
-        factor = table_factor(table, scales, i, recorded, beta1, M)
-        return address.to(tl.pointer_type(GRADIENT)), recorded, factor, beta1
+        address = table_address(gradients[0], i, i < M)
+        return address.to(tl.pointer_type(GRADIENT)), address != 0
+
+
+@triton.jit
+def weights_of(numbers, i, update, M: tl.constexpr):
+    """The forward and the backward weight of row i; zeros where averages alone are written."""
+    there = update & (i < M)
+    forward = tl.load(numbers + HEAD + i, mask=there, other=0.0)
+    return forward, tl.load(numbers + HEAD + M + i, mask=there, other=0.0)
+
+
+@triton.jit
+def state_tile(pointers, mask):
+    """Elements of an average or of the second moment."""
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -63,26 +77,28 @@ def add_rows(
     rows = ()
     for u in tl.static_range(COUNT):
         i = first + u
-        row, recorded, factor, beta1 = gradient_of(gradients, i, u, M, GRADIENT)
+        row, recorded = gradient_of(gradients, i, M, GRADIENT)
         recorded = recorded & take
-        forward = tl.load(numbers + HEAD + i, mask=i < M, other=0.0)
-        backward = tl.load(numbers + HEAD + M + i, mask=i < M, other=0.0)
-        used = update & ((forward != 0.0) | (backward != 0.0))
+        forward, backward = weights_of(numbers, i, update, M)
+        used = (forward != 0.0) | (backward != 0.0)
         read, entering = uniform(used | recorded), uniform(recorded)
         if inside is not None:
             read, entering = read & inside, entering & inside
         pointers = tile_pointers(averages + i * stride, start, THREADS, VECTOR, ALIGNED)
-        old = tl.load(pointers, mask=read, other=0.0)
-        gradient = tl.load(tile_pointers(row, start, THREADS, VECTOR, ALIGNED), mask=entering, other=0.0)
-        rows = rows + ((pointers, entering, old, gradient, recorded, factor, forward, backward),)
+        old = state_tile(pointers, read)
+        gradient = gradient_tile(tile_pointers(row, start, THREADS, VECTOR, ALIGNED), entering)
+        rows = rows + ((pointers, entering, old, gradient, recorded, forward, backward),)
     written = ()
     for u in tl.static_range(COUNT):
-        _, _, old, gradient, recorded, factor, forward, backward = rows[u]
+        _, _, old, gradient, recorded, forward, backward = rows[u]
         new = old
         if recorded:
-            new = renewed(old, gradient, beta1, factor)
-        f = tl.fma(widened(new), tl.where(update, forward, 0.0), f)
-        before = tl.fma(widened(old), tl.where(update, backward, 0.0), before)
+            if M <= FEW:
+                new = few_renewed(old, gradient, gradients, first + u)
+            else:
+                new = table_renewed(old, gradient, gradients, first + u, recorded, M)
+        f = tl.fma(widened(new), forward, f)
+        before = tl.fma(widened(old), backward, before)
         written = written + (new,)
     if WRITES:
         for u in tl.static_range(COUNT):
@@ -135,6 +151,8 @@ def write_tile(
     MASKED: tl.constexpr,
 ):
     """Write one tile of columns; or add its update's squares to ``measured`` [THREADS, VECTOR]."""
+    CHUNKS: tl.constexpr = (M + TOGETHER - 1) // TOGETHER
+    COUNT: tl.constexpr = (M + CHUNKS - 1) // CHUNKS
     inside = tile_columns(THREADS, VECTOR) < n - start if MASKED else None
     take = tl.load(numbers) != 0.0
     update = tl.load(numbers + 1) != 0.0
@@ -143,33 +161,16 @@ def write_tile(
         values = parameter_values(pieces, groups, ahead, last, start, update, PARAMETER, THREADS, VECTOR)
     pointers = tile_pointers(second, start, THREADS, VECTOR, ALIGNED)
     reads = uniform(update) if inside is None else uniform(update) & inside
-    old = tl.load(pointers, mask=reads, other=0.0)
+    old = state_tile(pointers, reads)
 
     f = tl.zeros([THREADS, VECTOR], tl.float64)
     before = tl.zeros([THREADS, VECTOR], tl.float64)
-    COUNT: tl.constexpr = M if M <= FEW else FEW
-    for first in range(0, M, FEW):
+    for first in range(0, M, COUNT):
         f, before = add_rows(
-            f,
-            before,
-            averages,
-            stride,
-            gradients,
-            numbers,
-            take,
-            update,
-            first,
-            start,
-            inside,
-            M,
-            COUNT,
-            GRADIENT,
-            THREADS,
-            VECTOR,
-            ALIGNED,
-            WRITES,
-        )
-    v = second_of(old, f - before, gradients[2] if M > FEW else gradients[3], beta2)
+            f, before, averages, stride, gradients, numbers, take, update, first, start, inside,
+            M, COUNT, GRADIENT, THREADS, VECTOR, ALIGNED, WRITES,
+        )  # fmt: skip
+    v = second_of(old, f - before, gradients[2] if M > FEW else gradients[4], beta2)
 
     kept = old
     for piece in range(ahead, last):

@@ -37,9 +37,9 @@ try:
 
     from fastconfig.kernels import geometry, launched
 except Exception as error:  # a broken Triton fails in many ways, and the CPU does without it
-    _IMPORT_ERROR = str(error)
+    IMPORT_ERROR = str(error)
 else:
-    _IMPORT_ERROR = ""
+    IMPORT_ERROR = ""
     DTYPES = {
         torch.float32: tl.float32,
         torch.float64: tl.float64,
@@ -59,8 +59,8 @@ _TABLES_KEPT = 256
 
 def available() -> str | None:
     """Why the kernels cannot run here, or None where they can."""
-    if _IMPORT_ERROR:
-        return f"Triton could not be imported ({_IMPORT_ERROR}); pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+    if IMPORT_ERROR:
+        return f"Triton could not be imported ({IMPORT_ERROR}); pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
     if _version() < OLDEST:
         return f"Triton {triton.__version__} is too old; pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
     if not INTERPRETED and not torch.cuda.is_available():

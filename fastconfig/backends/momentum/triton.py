@@ -18,7 +18,7 @@ from fastconfig.backends.momentum import reference
 from fastconfig.backends.rules import ConFIGRule
 from fastconfig.moments import Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 
-if gpu.available() is None:
+if not gpu.IMPORT_ERROR:
     from fastconfig.kernels import geometry, launched_momentum, launched_tables
 
 _GRADIENTS_A_LAUNCH = 8
@@ -223,7 +223,7 @@ class Segment:
     def _words_of(self, group: Group) -> tuple[float, float, float, float, int, int, int]:
         """A group's entry in the table: see ``kernels/parameters.py``."""
         lr, address, is_double = group.lr, 0, 0
-        if isinstance(lr, Tensor) and lr.device.type != "cpu" or gpu.INTERPRETED and isinstance(lr, Tensor):
+        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or (gpu.INTERPRETED and isinstance(lr, Tensor)):
             if lr.device != self.device or lr.dtype not in (torch.float32, torch.float64):
                 lr = lr.to(self.device, torch.float64)
             self._rates.append(lr)
