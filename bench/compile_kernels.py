@@ -608,7 +608,7 @@ def tickets_report(
 
 
 class Accepted(NamedTuple):
-    """Spills of the m×m solve that are known, and why they stay."""
+    """Spills that are known, and why they stay."""
 
     triton: str
     architecture: str
@@ -617,12 +617,17 @@ class Accepted(NamedTuple):
     stack_bytes: int
     """At most."""
     reason: str
+    kernel: str = "config_of"
+    """What its name begins with."""
 
 
+AROUND_THE_LOOP = "numbers of 33 to 48 averages, written before the loop over columns and read back once behind it"
 ACCEPTED = (
     Accepted("3.6.", "sm_80", 64, 24, "three numbers, kept through the solve's two ways, once a launch"),
     Accepted("3.6.", "sm_90", 64, 24, "three addresses of 33 to 48 float64 rows, read back once a tile"),
     Accepted("3.6.", "sm_90", 128, 8, "one number of over 64 float64 rows, read back once a launch"),
+    Accepted("3.", "sm_90", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
+    Accepted("3.", "sm_100", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
 )
 
 
@@ -632,6 +637,7 @@ def reason_accepted(this: Specialisation, stack_bytes: int) -> str:
     for accepted in ACCEPTED if stack_bytes else ():
         if (
             triton.__version__.startswith(accepted.triton)
+            and this.kernel.startswith(accepted.kernel)
             and this.architecture == accepted.architecture
             and constants.get("MP") == accepted.padded
             and stack_bytes <= accepted.stack_bytes
@@ -683,6 +689,11 @@ def gradients_are_wide(this: Specialisation) -> bool:
     return gradient is not None and f"*{gradient}" == this.signature["averages"]
 
 
+def has_narrow_gradients(this: Specialisation) -> bool:
+    """Whether gradients enter averages that are wider, by blocks."""
+    return this.kernel == "moments_of_many" and not gradients_are_wide(this)
+
+
 def findings(this: Specialisation, report: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a compilation."""
     limit = ARCHITECTURES[this.architecture].shared_bytes
@@ -695,7 +706,8 @@ def findings(this: Specialisation, report: dict[str, Any]) -> Iterator[str]:
     if report["shared_bytes"] > limit:
         yield f"takes {report['shared_bytes']} bytes of shared memory, of {limit}"
     expected = wide_loads_a_step(this)
-    if report["wide_loads"] < expected or (expected and report["narrow_loads"]):
+    narrow = report["narrow_loads"] if not has_narrow_gradients(this) else 0  # the same function reads these by blocks
+    if report["wide_loads"] < expected or (expected and narrow):
         yield f"{report['wide_loads']} loads of 16 bytes, of {expected}, and {report['narrow_loads']} narrower ones"
     elif report["all_wide_loads"] < expected:
         yield f"{report['all_wide_loads']} loads of 16 bytes are left in the machine code, of {expected}"

@@ -114,6 +114,7 @@ def moments_of_few(
 
     Traffic: (M + k)·n elements read; with ``second`` then what ``writing`` says.
     """
+    stride = tl.cast(stride, tl.int64)  # for the interpreter, which takes no notice of annotations
     addresses = (address0, address1, address2, address3, address4, address5, address6, address7)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -237,7 +238,7 @@ def moments_of_many(
     """
     last = gramian_of_many(
         averages,
-        stride,
+        tl.cast(stride, tl.int64),  # as above
         (table, scales, beta1),
         n,
         partials,
@@ -335,7 +336,7 @@ def momentum_update(
         gradients = (table, scales, beta1)
     share = write_tiles(
         averages,
-        stride,
+        tl.cast(stride, tl.int64),  # as above
         gradients,
         second,
         pieces,

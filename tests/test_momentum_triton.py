@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -90,15 +90,15 @@ GROUPS = (
 )
 
 
-def lengths(n: int) -> list[int]:
-    """Odd and tiny runs of columns that leave out some in between and at the end: (length, gap) one after the other."""
+def runs(n: int) -> list[tuple[int, int]]:
+    """Odd and tiny runs of columns, (first, length), that leave out some in between and at the end."""
     found, at = [], 0
     for length, gap in itertools.cycle(((1, 0), (7, 0), (1, 2), (130, 0), (61, 3), (0, 0))):
-        length = min(length, n - at)
-        found.append((at, length))
-        at += length + gap
         if at >= n:
-            return found
+            break
+        found.append((at, min(length, n - at)))
+        at += length + gap
+    return found
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Training:
         first.zero_()
         block, second = guarded(n, state)
         blocks, pieces = [averages, block], []
-        for index, (at, length) in enumerate(lengths(n)):
+        for index, (at, length) in enumerate(runs(n)):
             block, values = guarded(length, parameters, index % 3)
             group = index % groups
             values.copy_(torch.randn(length, generator=generator))
@@ -196,7 +196,7 @@ ROUNDS = [
     # m, n, k: as many steps as it takes until every loss has had a gradient, and one more
     *[(1, n, 1) for n in (1, 2, 31)],
     *[(2, n, k) for n, k in ((33, 1), (1000, 2))],
-    *[(3, n, k) for n, k in ((1, 1), (33, 2), (1000, 3), (4099, 1))],
+    *[(3, n, k) for n, k in ((1, 1), (33, 2), (1000, 3), (4099, 3))],
     (5, 301, 4),
     (8, 257, 3),
     (8, 33, 8),
@@ -219,3 +219,258 @@ def test_steps_equal_the_reference(m: int, n: int, k: int) -> None:
             for training in (ours, theirs):
                 training.step(recorded, RULE, scales=scales)
             assert_same(ours, theirs, step + 1)
+
+
+@pytest.mark.usefixtures("small_programs")
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 700, 1), (3, 1400, 2), (6, 515, 1), (9, 301, 3), (17, 260, 5), (40, 150, 1)]
+)
+def test_many_programs_in_two_launches(m: int, n: int, k: int, launches: list[str]) -> None:
+    ours, theirs = pair(m, n)
+    for training in (ours, theirs):  # so that the first step already updates
+        training.step(gradients(range(m), n, torch.float32, seed=1), RULE)
+    launches.clear()
+    for step in range(2):
+        recorded = gradients([(3 * step + 2 * j) % m for j in range(k)], n, torch.float32, seed=2)
+        for training in (ours, theirs):
+            training.step(recorded, RULE)
+    assert_same(ours, theirs, 3)
+    two = ["moments_of_few" if m <= 8 else "moments_of_many", "momentum_update"]
+    assert [name for name in launches if not name.startswith("table")] == two * 2
+
+
+def test_a_small_problem_is_one_launch(launches: list[str]) -> None:
+    """From the second step on, and with a learning rate on the device whatever it is."""
+    n, rate = 600, torch.tensor(0.01, device=DEVICE)
+    groups = (Group(rate, 0.1, 1e-8, False), GROUPS[1], GROUPS[2])
+    rule = StepRule(0.9, 0.999, groups)
+    ours, theirs = pair(3, n)
+    for step in range(3):
+        rate.fill_(0.01 / (step + 1))
+        recorded = gradients([step], n, torch.float32, seed=step)
+        for training in (ours, theirs):
+            training.step(recorded, rule)
+    assert launches == ["table_of_group"] * 3 + ["moments_of_few"] * 3
+    assert_same(ours, theirs, 3)
+
+
+def test_tables_are_written_where_they_are_new(launches: list[str]) -> None:
+    """Of more than 8 losses' gradients, wherever they lie, and of groups whose numbers change."""
+    m, n = 20, 40
+    ours, theirs = pair(m, n)
+    recorded = [gradients(range(m), n, torch.float32, seed=1), gradients([3], n, torch.float32, seed=2)]
+    for rates, wanted in (((0.1, 0.1), [3 + 3, 1]), ((0.1, 0.2), [0, 3]), ((0.2, 0.2), [0, 0])):
+        for rate, some, tables in zip(rates, recorded, wanted, strict=True):
+            launches.clear()
+            rule = StepRule(0.9, 0.999, (GROUPS[0]._replace(lr=rate), *GROUPS[1:]))
+            for training in (ours, theirs):
+                training.step(some, rule)
+            assert len([name for name in launches if name.startswith("table")]) == tables
+    assert_same(ours, theirs, 6)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16, "cpu"])
+def test_learning_rates_as_tensors(kind: torch.dtype | str) -> None:
+    rate = torch.tensor(
+        [0.125], dtype=torch.float32 if kind == "cpu" else kind, device="cpu" if kind == "cpu" else DEVICE
+    )
+    rule = StepRule(0.9, 0.999, (Group(rate, 0.5, 1e-8, False), Group(rate, 0.0, 1e-8, True), GROUPS[2]))
+    ours, theirs = pair(2, 100, state=torch.float64, parameters=torch.float64)
+    for training in (ours, theirs):
+        training.step(gradients([1, 0], 100, torch.float64, seed=0), rule)
+    assert_same(ours, theirs)
+
+
+SPOILED = {
+    "nan": lambda recorded: recorded.rows[0][-1:].fill_(math.nan),
+    "inf": lambda recorded: recorded.rows[-1][:1].fill_(math.inf),
+    "huge": lambda recorded: recorded.rows[0][:2].fill_(1e300),
+    "found_inf": lambda recorded: None,
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 200, 1), (3, 200, 3), (10, 70, 2)])
+def test_a_step_that_is_left_out_changes_nothing(m: int, n: int, k: int, what: str) -> None:
+    """But the count of such steps, and what takes the update itself, which is NaN."""
+    training = Training.of(triton, m, n, state=torch.float64, parameters=torch.float64)
+    training.step(gradients(range(m), n, torch.float64, seed=0), RULE)
+    before = training.snapshot()
+    recorded = gradients(range(1, k + 1) if k < m else range(m), n, torch.float64, seed=1)
+    SPOILED[what](recorded)
+    found = torch.ones(1, device=DEVICE) if what == "found_inf" else torch.zeros((), device=DEVICE)
+    training.step(recorded, RULE, found_inf=found)
+    assert int(training.ledger.totals[1]) == 1
+    training.ledger.totals[1] = 0
+    for piece in training.segment.pieces:
+        if GROUPS[piece.group].assign:
+            assert piece.values.isnan().all()
+            piece.values.fill_(1.0)
+    for index, piece in enumerate(training.segment.pieces[::-1]):
+        if GROUPS[piece.group].assign:
+            offset = 8 + index % 3
+            before[2 + index][offset : offset + len(piece.values)] = 1.0
+    assert all(torch.equal(now, then) for now, then in zip(training.snapshot(), before, strict=True))
+
+
+@pytest.mark.parametrize("m", [3, 10])
+def test_until_every_loss_was_seen_averages_alone_are_written(m: int) -> None:
+    n = 150
+    training = Training.of(triton, m, n)
+    parameters = [piece.values.clone() for piece in training.segment.pieces]
+    training.step(gradients(range(m - 1), n, torch.float32, seed=0), RULE)
+    assert training.segment.moments.first[:-1].all()
+    assert not training.segment.moments.first[-1].any()
+    assert not training.segment.moments.second.any()
+    for piece, old in zip(training.segment.pieces, parameters, strict=True):
+        assert torch.equal(piece.values, torch.zeros_like(old) if GROUPS[piece.group].assign else old)
+    assert training.ledger.totals.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("m", [3, 9])
+def test_a_row_of_no_weight_and_without_a_gradient_is_not_read(m: int) -> None:
+    n = 90
+    training = Training.of(triton, m, n)
+    training.step(gradients(range(m), n, torch.float32, seed=0), RULE)
+    training.segment.moments.first[1] = math.nan
+    numbers = torch.ones(HEAD + 2 * m + 1, dtype=torch.float64, device=DEVICE)
+    decision = Decision.of(numbers, m)
+    decision.forward[1] = decision.backward[1] = 0.0
+    training.segment.update(gradients([0], n, torch.float32, seed=1), RULE, decision)
+    assert all(piece.values.isfinite().all() for piece in training.segment.pieces)
+    assert training.segment.moments.second.isfinite().all()
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 1000), (9, 200), (66, 40)])
+def test_the_parts_equal_the_reference(m: int, n: int, small_programs: None) -> None:
+    """Products, a decision with a limit on the update's norm, and the update, as several segments ask for them."""
+    ours, theirs = pair(m, n)
+    for training in (ours, theirs):
+        training.step(gradients(range(m), n, torch.float32, seed=0), RULE)
+    recorded = gradients([2, 0], n, torch.float32, seed=1)
+    scales = torch.tensor([0.5, 2.0], dtype=torch.float64, device=DEVICE)
+    products = [training.segment.products(recorded, scales, 0.9) for training in (ours, theirs)]
+    torch.testing.assert_close(*products, rtol=1e-12, atol=1e-12 * float(products[1].abs().max()))
+    weights_of = lambda k: reference.config_weights(k, DEFAULT)  # noqa: E731
+    decision = reference.decide(ours.ledger, recorded.losses, products[1], scales, RULE, weights_of)
+    squares = [training.segment.update_square(recorded, RULE, decision) for training in (ours, theirs)]
+    torch.testing.assert_close(*squares, rtol=1e-5, atol=0.0)
+    assert torch.equal(squares[0], ours.segment.update_square(recorded, RULE, decision))
+    decision.clip.copy_(0.25 / squares[1].sqrt())
+    for training in (ours, theirs):
+        training.segment.update(recorded, RULE, decision)
+    theirs.ledger = ours.ledger
+    assert_same(ours, theirs, 2)
+
+
+def test_a_whole_gramian_comes_as_it_is(launches: list[str]) -> None:
+    training = Training.of(triton, 3, 100)
+    rows = gradients(range(3), 100, torch.float32, seed=0)
+    scales = torch.ones(3, dtype=torch.float64, device=DEVICE)
+    products = training.segment.products(rows, scales, 0.9)
+    assert torch.equal(products, products.T)
+    training.segment.update_square(
+        rows, RULE, Decision.of(torch.zeros(HEAD + 9, dtype=torch.float64, device=DEVICE), 3)
+    )
+    assert sorted(launches) == ["moments_of_few", "momentum_update"] + ["table_of_group"] * 3
+
+
+def test_twenty_steps_and_the_same_bits_again() -> None:
+    """Losses in turn, one, two or all of them, one step of twenty left out."""
+    m, n, done = 3, 120, []
+    for module in (triton, triton, reference):
+        training = Training.of(module, m, n)
+        for step in range(20):
+            losses = [step % m] if step % 5 else ([2, 0] if step % 2 else [0, 1, 2])
+            recorded = gradients(losses, n, torch.float32, seed=step)
+            if step == 11:
+                recorded.rows[0][5] = math.inf
+            training.step(recorded, RULE)
+        done.append(training)
+    first, again, theirs = done
+    assert all(torch.equal(a, b) for a, b in zip(first.blocks, again.blocks, strict=True))
+    assert_same(first, theirs, 20)
+    (workspace,) = gpu._WORKSPACES.values()
+    assert not workspace.tickets.any()
+
+
+@pytest.mark.parametrize(
+    "rule", [fc.ConFIG(nonfinite="raise").rule, fc.ConFIG(weights=[1, 2, 3], length="minimum").rule]
+)
+def test_other_rules(rule) -> None:
+    ours, theirs = pair(3, 100)
+    for seed in range(2):
+        recorded = gradients([2, 0, 1], 100, torch.float32, seed=seed)
+        for training in (ours, theirs):
+            training.step(recorded, RULE, rule)
+    assert_same(ours, theirs, 2)
+    if rule.nonfinite == "raise":
+        before = ours.snapshot()
+        recorded.rows[1][3] = math.nan
+        with pytest.raises(FloatingPointError, match="loss 0"):
+            ours.step(recorded, RULE, rule)
+        assert all(torch.equal(now, then) for now, then in zip(ours.snapshot(), before, strict=True))
+
+
+@pytest.mark.parametrize("m", [9, 65])
+def test_where_there_are_no_kernels_the_reference_steps(
+    m: int, monkeypatch: pytest.MonkeyPatch, launches: list[str]
+) -> None:
+    if m == 9:
+        monkeypatch.setattr(gpu, "device_of", lambda device: gpu.Device(2, 32, False, False, True))
+    ours, theirs = pair(m, 40)
+    for training in (ours, theirs):
+        training.step(gradients(range(m), 40, torch.float32, seed=0), RULE)
+    assert_same(ours, theirs)
+    assert ("moments_of_many" in launches) == (m == 65)
+
+
+def test_gradients_of_several_dtypes_go_to_the_reference(launches: list[str]) -> None:
+    ours, theirs = pair(2, 50)
+    rows = (*gradients([0], 50, torch.float32, 0).rows, *gradients([1], 50, torch.bfloat16, 1).rows)
+    for training in (ours, theirs):
+        training.step(Recorded((0, 1), rows), RULE)
+    assert_same(ours, theirs)
+    assert launches == []
+
+
+@pytest.mark.usefixtures("small_programs")
+@pytest.mark.parametrize("m", [3, 10])
+def test_offsets_past_two_to_the_31(m: int) -> None:
+    """By the rows' distance, not by memory: what lies between them is never touched, and so never mapped."""
+    n, stride = 200, 2**31 // (m - 1) + 64
+    torch.use_deterministic_algorithms(False)  # or PyTorch would fill, and so map, all of it
+    block = torch.empty((m - 1) * stride + n, dtype=torch.float32, device=DEVICE)
+    first, second = block.as_strided((m, n), (stride, 1)), torch.zeros(n, device=DEVICE)
+    first.zero_()
+    near = torch.zeros(m, n, device=DEVICE)
+    trainings = [
+        Training(module.Segment(Moments(averages, second.clone()), []), Ledger.zeros(m, torch.device(DEVICE)), [])
+        for module, averages in ((triton, first), (reference, near))
+    ]
+    for training in trainings:
+        training.step(gradients(range(m), n, torch.float32, seed=0), RULE)
+    assert torch.equal(first, near)
+
+
+@pytest.mark.usefixtures("small_programs")
+@pytest.mark.parametrize("m", [3, 20])
+def test_where_a_barrier_does_not_order_all_stores(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AMD, with wavefronts of 64; the interpreter shows no race, but that the fence counts for nothing."""
+    monkeypatch.setattr(gpu, "device_of", lambda device: gpu.Device(2, 64, True, False, False))
+    monkeypatch.setattr(gpu, "few_arguments", gpu.few_arguments.__wrapped__)
+    ours, theirs = pair(m, 600 if m == 3 else 300)
+    recorded = gradients(range(m), ours.segment.moments.first.shape[1], torch.float32, seed=0)
+    for training in (ours, theirs):
+        training.step(recorded, RULE)
+    assert_same(ours, theirs)
+
+
+def test_averages_that_begin_at_any_address_and_no_columns_at_all() -> None:
+    ours, theirs = pair(3, 90, stride=93, state=torch.float64, parameters=torch.bfloat16)
+    for training in (ours, theirs):
+        training.step(gradients([0, 1, 2], 90, torch.bfloat16, seed=0, offset=1), RULE)
+    assert_same(ours, theirs)
+    training = Training.of(triton, 2, 0)
+    training.step(gradients([0, 1], 0, torch.float32, seed=0), RULE)
+    assert training.ledger.totals.tolist() == [1.0, 0.0]

@@ -222,21 +222,17 @@ class Segment:
 
     def _words_of(self, group: Group) -> tuple[float, float, float, float, int, int, int]:
         """A group's entry in the table: see ``kernels/parameters.py``."""
-        lr, address, is_double = group.lr, 0, 0
-        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or (gpu.INTERPRETED and isinstance(lr, Tensor)):
+        rate, address, is_double = 0.0, 0, 0
+        if isinstance(group.lr, Tensor) and (group.lr.device.type != "cpu" or gpu.INTERPRETED):
+            lr = group.lr
             if lr.device != self.device or lr.dtype not in (torch.float32, torch.float64):
                 lr = lr.to(self.device, torch.float64)
             self._rates.append(lr)
-            lr, address, is_double = 0.0, lr.data_ptr(), int(lr.dtype == torch.float64)
-        return (
-            float(lr),
-            group.weight_decay,
-            group.eps,
-            1.0 if group.maximize else -1.0,
-            address,
-            is_double,
-            int(group.assign),
-        )
+            address, is_double = lr.data_ptr(), int(lr.dtype == torch.float64)
+        else:
+            rate = float(group.lr)
+        along = 1.0 if group.maximize else -1.0
+        return rate, group.weight_decay, group.eps, along, address, is_double, int(group.assign)
 
     def _where_to_write(self, rule: StepRule, workspace: gpu.Workspace) -> dict[str, object]:
         return {
