@@ -170,7 +170,7 @@ def write(m: int) -> Combination:
 
     A thread has m + k + 2 loads of 16 bytes under way, and its new averages in registers until they are written.
     """
-    return Combination(programs=4 if m <= 3 else 3)
+    return Combination(programs=4 if m <= 2 else 3)
 
 
 def pairs(m: int) -> int:
