@@ -47,6 +47,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from fastconfig.backends import reference
 from fastconfig.backends import triton as backend
 from fastconfig.backends.momentum import triton as momentum
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule
@@ -364,7 +365,9 @@ def recording(recorder: Recorder, alternatives: bool) -> Iterator[None]:
         "reference": SimpleNamespace(
             gramian=lambda rows: torch.empty(rows.m, rows.m, dtype=torch.float64),
             config_weights=lambda gramian, rule: torch.empty(len(gramian), dtype=torch.float64),
+            combine_in_steps=reference.combine_in_steps,
         ),
+        "_WORKSPACES": {},  # where tables written for another architecture are kept
     }
     if alternatives:
         replaced["tuned"] = recorder.tuned
