@@ -199,7 +199,7 @@ def momentum_subset() -> Iterator[Momentum]:
     """For CI, as ``subset_problems``."""
     yield Momentum(3)
     yield Momentum(3, n=SMALL, scaled=True)
-    yield Momentum(8, gradient=torch.bfloat16)
+    yield Momentum(5, gradient=torch.bfloat16)
     yield Momentum(3, aligned=False, call="update_square")
     yield Momentum(40)
 
