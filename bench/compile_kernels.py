@@ -616,7 +616,7 @@ class Accepted(NamedTuple):
     triton: str
     architecture: str
     padded: int
-    """MP, the power of two that holds the losses."""
+    """MP, the power of two that holds the losses; of kernels that solve nothing, M."""
     stack_bytes: int
     """At most."""
     reason: str
@@ -625,10 +625,13 @@ class Accepted(NamedTuple):
 
 
 AROUND_THE_LOOP = "numbers of 33 to 48 averages, written before the loop over columns and read back once behind it"
+A_TILE = "numbers of 33 and more averages beside their gradients, read back once a tile"
 ACCEPTED = (
     Accepted("3.6.", "sm_80", 64, 24, "three numbers, kept through the solve's two ways, once a launch"),
     Accepted("3.6.", "sm_90", 64, 24, "three addresses of 33 to 48 float64 rows, read back once a tile"),
     Accepted("3.6.", "sm_90", 128, 8, "one number of over 64 float64 rows, read back once a launch"),
+    *(Accepted("3.6.", "sm_90", padded, 112, A_TILE, "moments_of_many") for padded in (64, 128)),
+    Accepted("3.6.", "sm_90", 4, 8, "two numbers of 4 averages, read back once a tile", "momentum_update"),
     Accepted("3.", "sm_90", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
     Accepted("3.", "sm_100", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
 )
@@ -642,7 +645,7 @@ def reason_accepted(this: Specialisation, stack_bytes: int) -> str:
             triton.__version__.startswith(accepted.triton)
             and this.kernel.startswith(accepted.kernel)
             and this.architecture == accepted.architecture
-            and constants.get("MP") == accepted.padded
+            and constants.get("MP", constants.get("M")) == accepted.padded
             and stack_bytes <= accepted.stack_bytes
         ):
             return accepted.reason

@@ -157,11 +157,11 @@ def look(m: int) -> Few:
 def look_many(m: int, itemsize: int, lanes: int) -> Many:
     """The launch of the Gramian of more than 8 averages with gradients in them.
 
-    As ``many``; but float64 averages of several blocks, beside which their gradients lie in registers until they are
-    used, come in tiles of half as many columns.
+    As ``many``; but of float64 averages, beside which their gradients lie in registers until they are used, a program
+    takes one block and another, and not all of them or pairs of two. Triton 3.6 has no tiles of fewer columns.
     """
     launch = many(m, itemsize, lanes)[0]
-    return replace(launch, depth=launch.depth // 2) if itemsize == 8 and m > BLOCK_ROWS else launch
+    return replace(launch, left=1, right=1) if itemsize == 8 and m > BLOCK_ROWS else launch
 
 
 @cache
