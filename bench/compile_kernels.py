@@ -631,6 +631,7 @@ ACCEPTED = (
     Accepted("3.6.", "sm_90", 64, 24, "three addresses of 33 to 48 float64 rows, read back once a tile"),
     Accepted("3.6.", "sm_90", 128, 8, "one number of over 64 float64 rows, read back once a launch"),
     *(Accepted("3.6.", "sm_90", padded, 112, A_TILE, "moments_of_many") for padded in (64, 128)),
+    Accepted("3.6.", "sm_80", 64, 32, A_TILE, "moments_of_many"),
     Accepted("3.6.", "sm_90", 4, 8, "two numbers of 4 averages, read back once a tile", "momentum_update"),
     Accepted("3.", "sm_90", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
     Accepted("3.", "sm_100", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
