@@ -18,6 +18,7 @@ import contextlib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -37,7 +38,7 @@ from unittest import mock
 
 import torch
 import triton
-from fastconfig.kernels import combination, geometry, gramian, launched
+from fastconfig.kernels import combination, geometry, gramian, launched, launched_momentum, launched_tables, writing
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -46,8 +47,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from fastconfig.backends import reference
 from fastconfig.backends import triton as backend
+from fastconfig.backends.momentum import triton as momentum
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule
+from fastconfig.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.rows import Rows
 
 HERE = Path(__file__).parent
@@ -131,6 +135,75 @@ class Problem:
             backend.config_combine(rows, self.rule(), torch.empty(self.n, dtype=self.dtype))
 
 
+@dataclass(frozen=True)
+class Momentum:
+    """One call of a momentum segment."""
+
+    m: int
+    dtype: torch.dtype = torch.float32
+    n: int = LARGE
+    call: str = "step"
+    gradient: torch.dtype | None = None
+    """The dtype of gradients and parameters; None for the averages' own."""
+    aligned: bool = True
+    length: str | int = "projection"
+    directed: bool = False
+    nonfinite: str = "propagate"
+    scaled: bool = False
+    """Whether a GradScaler says what it has found."""
+
+    def run(self) -> None:
+        skipped = 0 if self.aligned else 1
+        state = torch.empty(self.m + 1, self.n + skipped, dtype=self.dtype)[:, skipped:]
+        rows = torch.empty(1, self.n + skipped, dtype=self.gradient or self.dtype)[:, skipped:]
+        segment = momentum.Segment(Moments(state[:-1], state[-1]), [Piece(torch.empty_like(rows[0]), 0, 0)])
+        recorded = Recorded((self.m - 1,), tuple(rows))
+        rule = StepRule(0.9, 0.999, (Group(1e-3, 0.0, 1e-8, False),))
+        numbers = torch.empty(HEAD + 2 * self.m + 1, dtype=torch.float64)
+        scales = numbers[-1:]
+        if self.call == "products":
+            segment.products(recorded, scales, 0.9)
+        elif self.call == "update":
+            segment.update(recorded, rule, Decision.of(numbers, self.m))
+        elif self.call == "update_square":
+            segment.update_square(recorded, rule, Decision.of(numbers, self.m))
+        else:
+            method = Problem.rule(self)
+            ledger = Ledger.zeros(self.m, torch.device("cpu"))
+            segment.step(ledger, recorded, rule, method, scales, scales.float() if self.scaled else None)
+
+
+def momentum_problems() -> Iterator[Momentum]:
+    """M-ConFIG's step, in every number of losses and pair of dtypes, and every other choice one at a time."""
+    for m, dtype, n in itertools.product(FEW, (torch.float32, torch.float64), (LARGE, SMALL)):
+        yield Momentum(m, dtype, n)
+    for m in (*FEW, 9, 24, 40, 64):
+        yield Momentum(m, gradient=torch.bfloat16)
+        yield Momentum(m, call="update_square")
+    for m in (9, 16, 24, 40, 48, 64):
+        yield Momentum(m)
+        yield Momentum(m, torch.float64)
+    for problem in (Momentum(3), Momentum(3, n=SMALL), Momentum(40)):
+        yield from other_rules(problem)
+        yield replace(problem, scaled=True)
+        yield replace(problem, aligned=False)
+        yield replace(problem, gradient=torch.float16)
+        yield replace(problem, call="products")
+    for m in (8, 100):
+        yield Momentum(m, call="products")
+        yield Momentum(m, call="update")
+    yield Momentum(4, torch.float64, gradient=torch.float32)
+
+
+def momentum_subset() -> Iterator[Momentum]:
+    """For CI, as ``subset_problems``."""
+    yield Momentum(3)
+    yield Momentum(3, n=SMALL, scaled=True)
+    yield Momentum(5, gradient=torch.bfloat16)
+    yield Momentum(3, aligned=False, call="update_square")
+    yield Momentum(40)
+
+
 def base_problems() -> Iterator[Problem]:
     """Every number of losses with every dtype."""
     for m, dtype, n in itertools.product(FEW, DTYPES, (LARGE, SMALL)):
@@ -185,6 +258,13 @@ def subset_problems() -> Iterator[Problem]:
 
 # -------------------------------------------------------------------------------------------------------- recording
 
+MODULES = {
+    launched: ("config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses"),
+    launched_momentum: ("moments_of_few", "moments_of_many", "momentum_update"),
+    launched_tables: ("table_of_gradients", "table_of_group"),
+}
+KERNELS = {name: getattr(module, name) for module, names in MODULES.items() for name in names}
+
 
 @dataclass(frozen=True)
 class Specialisation:
@@ -205,12 +285,14 @@ class Specialisation:
 
     def named(self) -> dict[str, Any]:
         """The constants by their parameters' names."""
-        names = getattr(launched, self.kernel).arg_names
+        names = KERNELS[self.kernel].arg_names
         return {names[path[0]]: value for path, value in self.constants.items()}
 
     def labels(self) -> dict[str, Any]:
         """What identifies it in the result."""
-        rows = self.signature.get("rows", self.signature.get("vectors", "*fp64"))
+        rows = next(
+            (self.signature[name] for name in ("rows", "vectors", "averages") if name in self.signature), "*fp64"
+        )
         return {
             "architecture": self.architecture,
             "kernel": self.kernel,
@@ -244,7 +326,7 @@ class Recorder:
 
     def kernel(self, name: str) -> StandIn:
         """What takes the place of the kernel of that name."""
-        function = getattr(launched, name)
+        function = KERNELS[name]
         compiler = make_backend(ARCHITECTURES[self.architecture].target)
         binder = create_function_from_signature(function.signature, function.params, compiler)
 
@@ -260,7 +342,7 @@ class Recorder:
         return StandIn(launch)
 
     def tuned(self, candidates: Sequence[Any], operand: object, launch: Callable[[Any], None]) -> object:
-        """As the backend's _tuned, which takes the first; the others are recorded too."""
+        """As the backend's tuned, which takes the first; the others are recorded too."""
         self.choice = "autotune"
         for candidate in candidates[1:]:
             launch(candidate)
@@ -268,26 +350,29 @@ class Recorder:
         return candidates[0]
 
 
-KERNELS = ("config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses")
-
-
 @contextlib.contextmanager
 def recording(recorder: Recorder, alternatives: bool) -> Iterator[None]:
     """The backend made to believe in a device of the architecture and launching into the recorder."""
     device = ARCHITECTURES[recorder.architecture].device
     forget_devices()
+    stand_ins = {
+        module: SimpleNamespace(**{name: recorder.kernel(name) for name in names}) for module, names in MODULES.items()
+    }
     replaced = {
-        "launched": SimpleNamespace(**{name: recorder.kernel(name) for name in KERNELS}),
-        "_describe": lambda _: device,
+        "launched": stand_ins[launched],
+        "device_of": lambda _: device,
         # Where the kernels do not go, as float64 matrix products on AMD with an old Triton: nothing to compile.
         "reference": SimpleNamespace(
             gramian=lambda rows: torch.empty(rows.m, rows.m, dtype=torch.float64),
             config_weights=lambda gramian, rule: torch.empty(len(gramian), dtype=torch.float64),
+            combine_in_steps=reference.combine_in_steps,
         ),
+        "_WORKSPACES": {},  # where tables written for another architecture are kept
     }
     if alternatives:
-        replaced["_tuned"] = recorder.tuned
-    with mock.patch.multiple(backend, **replaced):
+        replaced["tuned"] = recorder.tuned
+    replaced_too = {"launched_momentum": stand_ins[launched_momentum], "launched_tables": stand_ins[launched_tables]}
+    with mock.patch.multiple(backend, **replaced), mock.patch.multiple(momentum, **replaced_too):
         yield
     forget_devices()
 
@@ -303,7 +388,8 @@ def specialisations(architecture: str, subset: bool) -> list[Specialisation]:
     """What the problems launch, each once."""
     recorder = Recorder(architecture)
     with recording(recorder, alternatives=False):
-        for problem in subset_problems() if subset else (*base_problems(), *varied_problems()):
+        wanted = (subset_problems, momentum_subset) if subset else (base_problems, varied_problems, momentum_problems)
+        for problem in itertools.chain.from_iterable(problems() for problems in wanted):
             problem.run()
     if not subset:
         with recording(recorder, alternatives=True):
@@ -344,12 +430,14 @@ class Lines(NamedTuple):
         return isinstance(place, Place) and place.file == self.file and self.first <= place.line <= self.last
 
 
-READERS = ("pair_products", "block_tile", "used_elements")
+READERS = ("pair_products", "block_tile", "used_elements", "state_tile")
 """The functions that read elements of rows and nothing else."""
+GRADIENT_READERS = ("gradient_tile",)
+"""Those that read elements of gradients which may be narrower than the averages that they enter."""
 
 
 def calls_in(module: ModuleType) -> Iterator[tuple[Lines, str, bool]]:
-    """The calls in a file of kernels of functions that stand in it: lines, function, and whether it takes whole tiles.
+    """The calls in a file of kernels of its functions and of readers: lines, function, whether it takes whole tiles.
 
     The latter is told by what is passed for a last parameter MASKED or WHOLE. Those calls are the streaming loops; the
     other calls are for the columns that are left, at most one tile a launch, and read element by element.
@@ -357,16 +445,18 @@ def calls_in(module: ModuleType) -> Iterator[tuple[Lines, str, bool]]:
     path = Path(inspect.getsourcefile(module))
     tree = ast.parse(path.read_text())
     last_parameter = {f.name: f.args.args[-1].arg for f in tree.body if isinstance(f, ast.FunctionDef) and f.args.args}
+    known = {*last_parameter, *READERS, *GRADIENT_READERS}
     for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in last_parameter:
-            wanted = {"MASKED": False, "WHOLE": True}.get(last_parameter[call.func.id])
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in known:
+            wanted = {"MASKED": False, "WHOLE": True}.get(last_parameter.get(call.func.id))
             last = call.args[-1]
             whole = wanted is not None and isinstance(last, ast.Constant) and last.value is wanted
             yield Lines(path.name, call.lineno, call.end_lineno), call.func.id, whole
 
 
-CALLS = (*calls_in(gramian), *calls_in(combination))
+CALLS = (*calls_in(gramian), *calls_in(combination), *calls_in(writing))
 READING = tuple(lines for lines, name, _ in CALLS if name in READERS)
+READING_GRADIENTS = tuple(lines for lines, name, _ in CALLS if name in GRADIENT_READERS)
 STREAMING = tuple(lines for lines, _, whole in CALLS if whole)
 
 
@@ -377,15 +467,15 @@ def any_within(places: Sequence[Place], ranges: Sequence[Lines]) -> bool:
 LOADS = r"ld\.global|(global|buffer|flat)_load"
 
 
-def reads_rows(instruction: Instruction) -> bool:
-    """Whether it is a load of rows' elements in a streaming loop.
+def reads_rows(instruction: Instruction, readers: Sequence[Lines]) -> bool:
+    """Whether it is a load of rows' elements in a streaming loop, by a reader that is called at one of these lines.
 
     It is one if the innermost function is a reader, which the line of its call says; LLVM numbers the lines of inline
     assembly onwards from that of the load, so that the load's own line may lie past the function's end.
     """
     return (
         re.match(LOADS, instruction.opcode) is not None
-        and any_within(instruction.places[1:2], READING)
+        and any_within(instruction.places[1:2], readers)
         and any_within(instruction.places[1:], STREAMING)
     )
 
@@ -425,7 +515,7 @@ def chain(start: tuple[str, ...], callers: dict[tuple[str, ...], tuple[str, ...]
         place = callers.get(place)
 
 
-def nvidia_report(compiled: Any) -> dict[str, int]:
+def nvidia_report(compiled: Any, readers: Sequence[Lines]) -> dict[str, int]:
     """Registers, spills and products from the machine code, loads and tickets from PTX, which says where they are."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -443,13 +533,13 @@ def nvidia_report(compiled: Any) -> dict[str, int]:
         "scalar_spills": 0,
         "matrix_products": kinds["DMMA"],
         "fused_multiply_adds": kinds["DFMA"],
-        **loads_report(instructions),
+        **loads_report(instructions, readers),
         "all_wide_loads": sum(re.match(r"LDG.*\.(128|256)\b", opcode) is not None for opcode in opcodes),
         **tickets_report(instructions, r"atom\b.*acq_rel", r"st\.global", r"(bar|barrier)(\.\w+)*\.sync"),
     }
 
 
-def amd_report(compiled: Any) -> dict[str, int]:
+def amd_report(compiled: Any, readers: Sequence[Lines]) -> dict[str, int]:
     assembly = compiled.asm["amdgcn"]
     instructions = list(instructions_of(assembly))
     kinds = Counter(instruction.opcode for instruction in instructions)
@@ -464,7 +554,7 @@ def amd_report(compiled: Any) -> dict[str, int]:
         "scalar_spills": noted("sgpr_spill_count"),
         "matrix_products": sum(count for kind, count in kinds.items() if re.match(r"v_mfma_f64", kind)),
         "fused_multiply_adds": sum(count for kind, count in kinds.items() if re.match(r"v_fma(c)?_f64", kind)),
-        **loads_report(instructions),
+        **loads_report(instructions, readers),
         "all_wide_loads": sum(
             is_wide(instruction) for instruction in instructions if re.match(LOADS, instruction.opcode)
         ),
@@ -482,8 +572,8 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def loads_report(instructions: Sequence[Instruction]) -> dict[str, int]:
-    loads = [is_wide(instruction) for instruction in instructions if reads_rows(instruction)]
+def loads_report(instructions: Sequence[Instruction], readers: Sequence[Lines]) -> dict[str, int]:
+    loads = [is_wide(instruction) for instruction in instructions if reads_rows(instruction, readers)]
     return {"wide_loads": sum(loads), "narrow_loads": len(loads) - sum(loads)}
 
 
@@ -521,21 +611,30 @@ def tickets_report(
 
 
 class Accepted(NamedTuple):
-    """Spills of the m×m solve that are known, and why they stay."""
+    """Spills that are known, and why they stay."""
 
     triton: str
     architecture: str
     padded: int
-    """MP, the power of two that holds the losses."""
+    """MP, the power of two that holds the losses; of kernels that solve nothing, M."""
     stack_bytes: int
     """At most."""
     reason: str
+    kernel: str = "config_of"
+    """What its name begins with."""
 
 
+AROUND_THE_LOOP = "numbers of 33 to 48 averages, written before the loop over columns and read back once behind it"
+A_TILE = "numbers of 33 and more averages beside their gradients, read back once a tile"
 ACCEPTED = (
     Accepted("3.6.", "sm_80", 64, 24, "three numbers, kept through the solve's two ways, once a launch"),
     Accepted("3.6.", "sm_90", 64, 24, "three addresses of 33 to 48 float64 rows, read back once a tile"),
     Accepted("3.6.", "sm_90", 128, 8, "one number of over 64 float64 rows, read back once a launch"),
+    *(Accepted("3.6.", "sm_90", padded, 112, A_TILE, "moments_of_many") for padded in (64, 128)),
+    Accepted("3.6.", "sm_80", 64, 32, A_TILE, "moments_of_many"),
+    Accepted("3.6.", "sm_90", 4, 8, "two numbers of 4 averages, read back once a tile", "momentum_update"),
+    Accepted("3.", "sm_90", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
+    Accepted("3.", "sm_100", 64, 32, AROUND_THE_LOOP, "moments_of_many"),
 )
 
 
@@ -545,8 +644,9 @@ def reason_accepted(this: Specialisation, stack_bytes: int) -> str:
     for accepted in ACCEPTED if stack_bytes else ():
         if (
             triton.__version__.startswith(accepted.triton)
+            and this.kernel.startswith(accepted.kernel)
             and this.architecture == accepted.architecture
-            and constants.get("MP") == accepted.padded
+            and constants.get("MP", constants.get("M")) == accepted.padded
             and stack_bytes <= accepted.stack_bytes
         ):
             return accepted.reason
@@ -556,7 +656,7 @@ def reason_accepted(this: Specialisation, stack_bytes: int) -> str:
 def compiled_report(this: Specialisation) -> dict[str, Any]:
     """Compile one specialisation, from nothing, and say what came of it; in a process of the pool."""
     architecture = ARCHITECTURES[this.architecture]
-    source = ASTSource(getattr(launched, this.kernel), this.signature, this.constants, this.attributes)
+    source = ASTSource(KERNELS[this.kernel], this.signature, this.constants, this.attributes)
     with (
         tempfile.TemporaryDirectory() as cache,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache, TRITON_DISABLE_LINE_INFO="0"),
@@ -569,7 +669,7 @@ def compiled_report(this: Specialisation) -> dict[str, Any]:
         seconds = time.perf_counter() - started
     report = {
         **this.labels(),
-        **(nvidia_report(compiled) if architecture.target.backend == "cuda" else amd_report(compiled)),
+        **(nvidia_report if architecture.target.backend == "cuda" else amd_report)(compiled, readers_of(this)),
         "shared_bytes": compiled.metadata.shared,
         "seconds": round(seconds, 1),
     }
@@ -585,6 +685,22 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[-1][:200] if text else ''}"
 
 
+def readers_of(this: Specialisation) -> Sequence[Lines]:
+    """Where elements are read that 16-byte loads are due for."""
+    return READING + READING_GRADIENTS if gradients_are_wide(this) else READING
+
+
+def gradients_are_wide(this: Specialisation) -> bool:
+    """Whether the gradients that enter averages are as wide as these."""
+    gradient = this.named().get("GRADIENT")
+    return gradient is not None and f"*{gradient}" == this.signature["averages"]
+
+
+def has_narrow_gradients(this: Specialisation) -> bool:
+    """Whether gradients enter averages that are wider, by blocks."""
+    return this.kernel == "moments_of_many" and not gradients_are_wide(this)
+
+
 def findings(this: Specialisation, report: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a compilation."""
     limit = ARCHITECTURES[this.architecture].shared_bytes
@@ -597,7 +713,8 @@ def findings(this: Specialisation, report: dict[str, Any]) -> Iterator[str]:
     if report["shared_bytes"] > limit:
         yield f"takes {report['shared_bytes']} bytes of shared memory, of {limit}"
     expected = wide_loads_a_step(this)
-    if report["wide_loads"] < expected or (expected and report["narrow_loads"]):
+    narrow = report["narrow_loads"] if not has_narrow_gradients(this) else 0  # the same function reads these by blocks
+    if report["wide_loads"] < expected or (expected and narrow):
         yield f"{report['wide_loads']} loads of 16 bytes, of {expected}, and {report['narrow_loads']} narrower ones"
     elif report["all_wide_loads"] < expected:
         yield f"{report['all_wide_loads']} loads of 16 bytes are left in the machine code, of {expected}"
@@ -619,6 +736,12 @@ def wide_loads_a_step(this: Specialisation) -> int:
         return m * constants["UNROLL"] + (m if "out" not in constants else 0)
     if this.kernel == "combination":
         return min(m, geometry.FEW)
+    each = 2 if gradients_are_wide(this) else 1
+    written = each * math.ceil(m / math.ceil(m / writing.TOGETHER.value)) + 1
+    if this.kernel == "moments_of_few":
+        return each * m * constants["UNROLL"] + (written if "second" not in constants else 0)
+    if this.kernel == "momentum_update":
+        return written
     lanes = ARCHITECTURES[this.architecture].device.lanes
     block_bytes = geometry.BLOCK_ROWS * constants["DEPTH"] * constants["DTYPE"].primitive_bitwidth // 8
     blocks = constants["LEFT"] + constants["RIGHT"]
@@ -630,9 +753,11 @@ def wide_loads_a_step(this: Specialisation) -> int:
 def tickets_taken(this: Specialisation) -> int:
     """How many tickets stand in the kernel: one a level of the reduction, and one before strips' sums are solved."""
     constants = this.named()
-    if this.kernel == "config_of_many":
+    if this.kernel in ("config_of_many", "moments_of_many"):
         return 2 if "weights" in constants else 3
-    return 2 if this.kernel == "config_of_few" and "tickets" not in constants else 0
+    if this.kernel in ("config_of_few", "moments_of_few", "momentum_update"):
+        return 2 if "tickets" not in constants else 0
+    return 0
 
 
 def compile_all(wanted: Sequence[Specialisation], jobs: int) -> list[dict[str, Any]]:

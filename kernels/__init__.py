@@ -3,6 +3,10 @@
 They import triton and nothing else; ``fastconfig.backends.triton`` launches them.
 
 Which file answers what: how rows are addressed and read, ``rows``; the Gramian, ``gramian``; how the programs' partial
-sums become one, ``arrival``; ConFIG's weights, ``config_rule``; the combination, ``combination``; what is launched,
-``launched``; with how many programs and warps, ``geometry``.
+sums become one, ``arrival`` and ``whole_gramian``; ConFIG's weights, ``config_rule``; the combination, ``combination``;
+what is launched, ``launched``; with how many programs and warps, ``geometry``.
+
+Of M-ConFIG: how gradients enter the averages, ``averages``; its m×m part, ``decision``; what is written, ``writing``;
+where parameters lie and what they step by, ``parameters``; what is launched, ``launched_momentum`` and, to write the
+tables that those read, ``launched_tables``.
 """

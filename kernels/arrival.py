@@ -43,3 +43,36 @@ def sum_of_partials(partials, first, count, offset, SIZE: tl.constexpr, STEP: tl
     # Past the L1 cache, which other programs' stores do not update.
     values = tl.load(partials + where, mask=program < count, other=0.0, cache_modifier=".cg")
     return tl.sum(values, axis=0)
+
+
+@triton.jit
+def add_up(
+    values,
+    partials,
+    tickets,
+    program,
+    programs,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    FENCE: tl.constexpr,
+):
+    """(whether this program is the last, Σ over all programs of ``values`` [WIDTH]), the sum for the last one alone.
+
+    Args:
+        partials: float64, WIDTH a program and WIDTH a group of GROUP programs.
+        tickets: int32 zeros, one and one a group; zeros again in the end.
+    """
+    slots = tl.arange(0, WIDTH)
+    tl.store(partials + program * WIDTH + slots, values)
+    group = program // GROUP
+    groups = tl.cdiv(programs, GROUP)
+    first = group * GROUP
+    size = tl.minimum(programs - first, GROUP)
+    last = arrived_last(tickets + 1 + group, size, FENCE)
+    if last:
+        values = sum_of_partials(partials, first, size, 0, WIDTH, GROUP, WIDTH)
+        tl.store(partials + (programs + group) * WIDTH + slots, values)
+        last = arrived_last(tickets, groups, FENCE)
+        if last:
+            values = sum_of_partials(partials, programs, groups, 0, WIDTH, GROUP, WIDTH)
+    return last, values

@@ -7,19 +7,10 @@ import triton
 import triton.language as tl
 
 from . import geometry
-from .rows import row_pointer, row_pointers, tile_columns, tile_pointers, widened
+from .rows import rounded, row_pointer, row_pointers, tile_columns, tile_pointers, widened
 
 FEW = tl.constexpr(geometry.FEW)
 """Rows whose loads are under way together; more go by the address of each, this many at a time."""
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """float64 as the rows' dtype, 16-bit ones by way of float32 as PyTorch does."""
-    if tl.constexpr(DTYPE == tl.float64):
-        return x
-    else:
-        return x.to(tl.float32).to(DTYPE)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ Plain numbers; nothing here is found by trying at a user's first step. ``FASTCON
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 FEW = 8
@@ -26,6 +26,12 @@ ONE_LAUNCH_BYTES = 128 << 10
 It reads at what one multiprocessor can, about 50 GB/s, so that more bytes are sooner read by all of them and a second
 launch. The figure is computed, not measured; ``bench/gpu.py`` times both sides of it."""
 
+PIECE_COLUMNS = 512
+"""Columns of a segment between entries of the table that says which parameters meet them: a tile of four warps."""
+
+PIECE_WORDS = 4
+GROUP_WORDS = 8
+"""64-bit words of an entry of the tables of parameters and of groups; see ``parameters``."""
 
 REGISTERS = 65536
 """32-bit registers of an NVIDIA multiprocessor, the same on every architecture since 2014."""
@@ -135,6 +141,36 @@ def combination(m: int) -> tuple[Combination, ...]:
     if m > FEW:
         return Combination(programs=6), Combination(warps=8, programs=3)
     return Combination(programs=8), Combination(programs=12), Combination(warps=8, programs=4)
+
+
+@cache
+def look(m: int) -> Few:
+    """The launch of the Gramian of up to 8 averages with gradients in them.
+
+    As ``few``, with at least one more load a thread under way, and the averages in registers as long as the gradients
+    are: so fewer programs. It is not tuned by trying: a step that is taken twice is another step.
+    """
+    return Few(warps=4, unroll=1, programs=5 if m <= 3 else 4 if m <= 4 else 3 if m <= 6 else 2)
+
+
+@cache
+def look_many(m: int, itemsize: int, lanes: int) -> Many:
+    """The launch of the Gramian of more than 8 averages with gradients in them.
+
+    As ``many``; but of float64 averages, beside which their gradients lie in registers until they are used, a program
+    takes one block and another, and not all of them or pairs of two. Triton 3.6 has no tiles of fewer columns.
+    """
+    launch = many(m, itemsize, lanes)[0]
+    return replace(launch, left=1, right=1) if itemsize == 8 and m > BLOCK_ROWS else launch
+
+
+@cache
+def write(m: int) -> Combination:
+    """The launch that writes averages, second moment and parameters; nor is this tuned.
+
+    A thread has m + k + 2 loads of 16 bytes under way, and its new averages in registers until they are written.
+    """
+    return Combination(programs=4 if m <= 2 else 3)
 
 
 def pairs(m: int) -> int:

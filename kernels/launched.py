@@ -6,10 +6,9 @@ Every launch has one axis of programs. Shapes that end in P (MP, PAIRS) are powe
 import triton
 import triton.language as tl
 
-from .arrival import arrived_last, sum_of_partials
 from .combination import combine_tiles
 from .config_rule import write_config_weights
-from .gramian import BLOCK_ROWS, block_sums, matrix_of_pairs, pair_sums, store_block
+from .whole_gramian import gramian_of_few, gramian_of_many
 
 # No compilation depends on the value of a number or on where a tensor lies: ALIGNED alone tells of the latter. Triton
 # takes no notice of this for the tensors of a tuple, nor of which stride needs more than 32 bits.
@@ -29,15 +28,6 @@ UNSPECIALIZED = [
     "table",
     "vectors",
 ]
-
-
-@triton.jit
-def store_square(gramian, matrix, M: tl.constexpr, MP: tl.constexpr):
-    """Write the (M, M) part of [MP, MP], for this program to read."""
-    r = tl.arange(0, MP)[:, None]
-    c = tl.arange(0, MP)[None, :]
-    tl.store(gramian + r * M + c, matrix, mask=(r < M) & (c < M))
-    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -110,53 +100,32 @@ def config_of_few(
         stride = tl.cast(stride, tl.int64)  # not annotated, which would make a number of None
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    pairs = pair_sums(rows, stride, n, program, programs, M, PAIRS, THREADS, VECTOR, UNROLL, ALIGNED)
-    if partials is None:
-        matrix = matrix_of_pairs(pairs, M, MP, PAIRS)
-        store_square(gramian, matrix, M, MP)
-        if weights is not None:
+    last = gramian_of_few(
+        rows,
+        stride,
+        None,
+        n,
+        partials,
+        tickets,
+        gramian,
+        program,
+        programs,
+        M,
+        MP,
+        PAIRS,
+        THREADS,
+        VECTOR,
+        UNROLL,
+        ALIGNED,
+        GROUP,
+        FENCE,
+    )
+    if weights is not None:
+        if last:
             write_config_weights(gramian, weights, direction, tracked, rtol, scratch, M, MP, LENGTH, DROP)
             if out is not None:
                 tl.debug_barrier()
                 combine_tiles(rows, stride, n, weights, out, program, programs, M, THREADS, VECTOR, ALIGNED)
-    else:
-        slots = tl.arange(0, PAIRS)
-        tl.store(partials + program * PAIRS + slots, pairs)
-        group = program // GROUP
-        groups = tl.cdiv(programs, GROUP)
-        first = group * GROUP
-        size = tl.minimum(programs - first, GROUP)
-        if arrived_last(tickets + 1 + group, size, FENCE):
-            pairs = sum_of_partials(partials, first, size, 0, PAIRS, GROUP, PAIRS)
-            tl.store(partials + (programs + group) * PAIRS + slots, pairs)
-            if arrived_last(tickets, groups, FENCE):
-                pairs = sum_of_partials(partials, programs, groups, 0, PAIRS, GROUP, PAIRS)
-                matrix = matrix_of_pairs(pairs, M, MP, PAIRS)
-                store_square(gramian, matrix, M, MP)
-                if weights is not None:
-                    write_config_weights(gramian, weights, direction, tracked, rtol, scratch, M, MP, LENGTH, DROP)
-
-
-@triton.jit
-def add_up_block(
-    gramian,
-    partials,
-    first,
-    count,
-    left,
-    right,
-    a: tl.constexpr,
-    b: tl.constexpr,
-    RIGHT: tl.constexpr,
-    SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    M: tl.constexpr,
-):
-    """Write block (a, b) of those from blocks left, right on: the sum of its ``count`` partial sums."""
-    SQUARE: tl.constexpr = BLOCK_ROWS * BLOCK_ROWS
-    INDEX: tl.constexpr = a * RIGHT + b if RIGHT else a * (a + 1) // 2 + b
-    block = sum_of_partials(partials, first, count, INDEX * SQUARE, SIZE, GROUP, SQUARE)
-    store_block(gramian, block.reshape([BLOCK_ROWS, BLOCK_ROWS]), left + a, right + b, M)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -205,44 +174,29 @@ def config_of_many(
 
     Traffic: M·n elements read once with RIGHT == 0; with S strips, S + 1 times, all but the first from the cache.
     """
-    BLOCKS: tl.constexpr = (M + BLOCK_ROWS - 1) // BLOCK_ROWS
-    STRIPS: tl.constexpr = (BLOCKS + LEFT - 1) // LEFT
-    STRIP_PAIRS: tl.constexpr = STRIPS * (STRIPS + 1) // 2
-    SQUARE: tl.constexpr = BLOCK_ROWS * BLOCK_ROWS
-    SHARES: tl.constexpr = LEFT * RIGHT if RIGHT else LEFT * (LEFT + 1) // 2
-    SIZE: tl.constexpr = SHARES * SQUARE
-
-    stride = tl.cast(stride, tl.int64)  # as above
-    pair = tl.program_id(0) % STRIP_PAIRS
-    program = tl.program_id(0) // STRIP_PAIRS
-    programs = tl.num_programs(0) // STRIP_PAIRS
-    left = 0
-    for strip in tl.static_range(1, STRIPS):
-        left = tl.where(pair >= strip * (strip + 1) // 2, strip, left)
-    right = pair - left * (left + 1) // 2
-    left, right = left * LEFT, right * LEFT
-    shares = block_sums(rows, stride, n, program, programs, left, right, M, LEFT, RIGHT, DTYPE, WARPS, DEPTH, ALIGNED)
-
-    groups = tl.cdiv(programs, GROUP)
-    own = partials + pair.to(tl.int64) * (programs + groups) * SIZE
-    cells = tl.arange(0, BLOCK_ROWS)[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
-    for p in tl.static_range(SHARES):
-        tl.store(own + program * SIZE + p * SQUARE + cells, shares[p])
-    group = program // GROUP
-    first = group * GROUP
-    size = tl.minimum(programs - first, GROUP)
-    if arrived_last(tickets + 1 + STRIP_PAIRS + pair * groups + group, size, FENCE):
-        flat = tl.arange(0, SQUARE)
-        for p in tl.static_range(SHARES):
-            share = sum_of_partials(own, first, size, p * SQUARE, SIZE, GROUP, SQUARE)
-            tl.store(own + (programs + group) * SIZE + p * SQUARE + flat, share)
-        if arrived_last(tickets + 1 + pair, groups, FENCE):
-            for a in tl.static_range(LEFT):
-                for b in tl.static_range(RIGHT if RIGHT else a + 1):
-                    add_up_block(gramian, own, programs, groups, left, right, a, b, RIGHT, SIZE, GROUP, M)
-            if weights is not None:
-                if arrived_last(tickets, STRIP_PAIRS, FENCE):
-                    write_config_weights(gramian, weights, direction, tracked, rtol, scratch, M, MP, LENGTH, DROP)
+    last = gramian_of_many(
+        rows,
+        tl.cast(stride, tl.int64),  # as above
+        None,
+        n,
+        partials,
+        tickets,
+        gramian,
+        M,
+        LEFT,
+        RIGHT,
+        DTYPE,
+        None,
+        WARPS,
+        DEPTH,
+        ALIGNED,
+        GROUP,
+        FENCE,
+        weights is not None,
+    )
+    if weights is not None:
+        if last:
+            write_config_weights(gramian, weights, direction, tracked, rtol, scratch, M, MP, LENGTH, DROP)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

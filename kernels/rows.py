@@ -41,12 +41,27 @@ def tile_columns(THREADS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def uniform(flag):
+    """A flag as a mask [1, 1], the same for a whole tile: loads stay 16 bytes wide."""
+    return (tl.zeros([1, 1], tl.int32) + flag.to(tl.int32)) != 0
+
+
+@triton.jit
 def widened(x):
     """Elements of any float dtype in float64, exactly."""
     if tl.constexpr(x.dtype == tl.float64):
         return x
     else:
         return x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float64 as the rows' dtype, 16-bit ones by way of float32 as PyTorch does."""
+    if tl.constexpr(DTYPE == tl.float64):
+        return x
+    else:
+        return x.to(tl.float32).to(DTYPE)
 
 
 @triton.jit

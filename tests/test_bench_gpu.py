@@ -14,13 +14,15 @@ from oracle import as_numpy, config
 sys.path.append(str(Path(__file__).parents[1] / "bench"))  # where ``python3 bench/gpu.py`` finds its parts
 
 import gpu
-from gpubench import sections, summary
+from gpubench import momentum, sections, summary
 from gpubench.accuracy import Truth, quality
 from gpubench.inputs import copies_needed, gradients
 from gpubench.results import Report, Run
 from gpubench.rivals import plain_torch
 from gpubench.shapes import Shape
-from gpubench.timing import time_calls
+from gpubench.timing import Timing, time_calls
+
+from fastconfig.moments import Piece
 
 BENCH = Path(gpu.__file__).parent
 CPU = torch.device("cpu")
@@ -139,6 +141,31 @@ def test_targets_say_met_missed_or_unknown(report) -> None:
     assert not verdicts["MISSED   2 × plain PyTorch everywhere"]
     assert verdicts["unknown  50 × conflictfree everywhere"] is None
     assert any("1.5 ×" in line for line in summary.summary(report))
+
+
+def test_steps_of_momentum_are_measured_beside_adam(run, report, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the reference's; what is counted is what the kernels move."""
+    monkeypatch.setattr(momentum, "time_calls", lambda calls, run: Timing.of([call() or 1e-3 for call in calls]))
+    report.section("bandwidth")["records"].append({"bytes_per_s": 1e12})
+    run.current = "momentum"
+    momentum.measure_momentum(run)
+    records = report.records("momentum")
+    assert report.section("momentum")["skipped"] == []
+    assert [(record["m"], record.get("recorded")) for record in records] == [
+        *[(3, 1), (3, 3), (3, None)],
+        *[(3, 1), (3, 3), (3, None)],
+        *[(40, 1), (40, 40), (40, None)],
+    ]
+    assert records[3]["of_bandwidth"] == pytest.approx(13 * 1000 * 4 / 1e12 / 1e-3)
+    assert len(list(summary.momentum_table_of(report))) == 1 + 6
+    assert any("1,000.0 µs" in line for line in summary.summary(report))
+
+
+def test_layers_cover_every_parameter_once() -> None:
+    pieces = momentum.layers(Shape(3, 100_003), CPU, Piece)
+    ends = [piece.first + len(piece.values) for piece in pieces]
+    assert [piece.first for piece in pieces] == [0, *ends[:-1]]
+    assert ends[-1] == 100_003
 
 
 def test_counts_are_those_of_the_last_line() -> None:

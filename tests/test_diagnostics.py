@@ -44,7 +44,7 @@ def test_the_state_of_the_kernels_is_shown_device_by_device(monkeypatch):
     monkeypatch.setattr(triton, "drives", lambda device: "it is too old" if device.index else None)
     shown_state = diagnostics.collect_config()["backend triton"]
     assert shown_state == "ready, drives cuda:0 New GPU, cuda:1 Old GPU not: it is too old"
-    monkeypatch.setattr(triton, "_IMPORT_ERROR", "No module named 'triton'")
+    monkeypatch.setattr(triton, "IMPORT_ERROR", "No module named 'triton'")
     assert "missing: Triton could not be imported" in diagnostics.collect_config()["backend triton"]
     assert "pip install 'triton>=3.6'" in diagnostics.collect_config()["backend triton"]
 

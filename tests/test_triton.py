@@ -175,8 +175,8 @@ def test_separate_vectors_cost_a_launch_only_beyond_eight(launches: list[str]) -
 @pytest.mark.parametrize("m", [3, 20])
 def test_where_a_barrier_does_not_order_all_stores(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD, with wavefronts of 64; the interpreter shows no race, but that the fence counts for nothing."""
-    monkeypatch.setattr(backend, "_describe", lambda device: backend.Device(2, 64, True, False, False))
-    monkeypatch.setattr(backend, "_few_arguments", backend._few_arguments.__wrapped__)
+    monkeypatch.setattr(backend, "device_of", lambda device: backend.Device(2, 64, True, False, False))
+    monkeypatch.setattr(backend, "few_arguments", backend.few_arguments.__wrapped__)
     rows = problem(m, 1500 if m == 3 else 300)
     assert_solved(rows, combined(rows))
 
@@ -416,7 +416,7 @@ def test_an_old_triton_is_told_from_a_new_one(
 def test_a_device_whose_triton_lacks_matrix_products_has_the_reference_gramian(
     monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
-    monkeypatch.setattr(backend, "_describe", lambda device: backend.Device(2, 32, False, False, True))
+    monkeypatch.setattr(backend, "device_of", lambda device: backend.Device(2, 32, False, False, True))
     rows = problem(9, 50)
     assert_solved(rows, combined(rows))
     assert launches == ["config_of_gramian", "combination"]

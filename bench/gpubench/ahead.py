@@ -6,8 +6,9 @@ from functools import partial
 
 import torch
 
+from gpubench import momentum
 from gpubench.launch_table import call_for, candidates_of, table_of_one
-from gpubench.shapes import SHAPES, TUNED
+from gpubench.shapes import SHAPES, TUNED, Shape
 from gpubench.timing import Call
 
 
@@ -34,6 +35,8 @@ def compilations(device: torch.device) -> list[Call]:
     for shape in TUNED:
         for kind, launches in candidates_of(shape).items():
             jobs += [partial(with_table, kind, launch, shape.m, shape.dtype) for launch in launches]
+    for m, n in ((3, 64), (3, 65_536), (40, 65_536)):
+        jobs.append(lambda m=m, n=n: momentum.steps(Shape(m, n), 1, device)[0]())
     return jobs
 
 

@@ -120,11 +120,15 @@ def call_for(kind: str, grads: Tensor) -> Call:
 
 def list_kernels(run: Run) -> None:
     """Registers and spills of every kernel that this process has launched."""
-    from fastconfig.kernels import launched
+    from fastconfig.kernels import launched, launched_momentum
 
-    for name in ("config_of_few", "config_of_many", "combination", "config_of_gramian"):
+    kernels = {
+        launched: ("config_of_few", "config_of_many", "combination", "config_of_gramian"),
+        launched_momentum: ("moments_of_few", "moments_of_many", "momentum_update"),
+    }
+    for module, name in ((module, name) for module, names in kernels.items() for name in names):
         with run.case(name):
-            function = getattr(launched, name)
+            function = getattr(module, name)
             for cache in getattr(function, "device_caches", {}).values():
                 for kernel in cache[0].values():
                     run.add({"kernel": name, **description(function, kernel)})

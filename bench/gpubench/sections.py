@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gpubench import launch_table, overhead, speed
+from gpubench import launch_table, momentum, overhead, speed
 from gpubench.machine import describe_device
 from gpubench.results import Report, Run
 
@@ -21,6 +21,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "launches": overhead.measure_launches,
     "replays": speed.measure_replays,
     "one launch": launch_table.measure_one_launch,
+    "momentum": momentum.measure_momentum,
     "alignment": speed.measure_alignment,
     "first call": overhead.measure_first_call,
     "libraries": speed.measure_libraries,

@@ -110,6 +110,19 @@ def table_of(report: Report) -> list[str]:
     return lines
 
 
+def momentum_table_of(report: Report) -> Iterator[str]:
+    """One line a shape of M-ConFIG's step, beside PyTorch's fused Adam."""
+    records = report.records("momentum")
+    if records:
+        yield f"{'M-ConFIG: m, n, dtype':28}{'recorded':>12}{'floor':>12}{'step':>12}{'of copy':>9}{'fused Adam':>12}"
+    for own in (record for record in records if record["contender"] == "M-ConFIG"):
+        adam = find(records, m=own["m"], n=own["n"], dtype=own["dtype"], contender="fused Adam")
+        line = f"{own['m']:>2}, {own['n']:>11,}, {own['dtype']:10}{own['recorded']:>13}"
+        line += f"{microseconds(own.get('floor_s')):>12}{microseconds(own['median_s']):>12}"
+        line += f"{100 * own.get('of_bandwidth', math.nan):>8.1f}%{microseconds(adam.get('median_s')):>12}"
+        yield line
+
+
 def microseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e6:,.1f} µs"
 
@@ -123,6 +136,8 @@ def summary(report: Report) -> list[str]:
         " · ".join(f"{name} {machine.get(name, '?')}" for name in ("gpu", "driver", "torch", "triton")),
         f"copy bandwidth {bandwidth / 1e12:.3f} TB/s, read and written",
         *table_of(report),
+        "",
+        *momentum_table_of(report),
         "",
         *left_undone(report),
         f"tests: status {tests.get('status', 'not run')}, {tests.get('what', '')}",

@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fastconfig.backends import reference
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule
+from fastconfig.moments import HEAD
 from fastconfig.rows import Rows
 
 OLDEST = (3, 6)
@@ -36,10 +37,10 @@ try:
 
     from fastconfig.kernels import geometry, launched
 except Exception as error:  # a broken Triton fails in many ways, and the CPU does without it
-    _IMPORT_ERROR = str(error)
+    IMPORT_ERROR = str(error)
 else:
-    _IMPORT_ERROR = ""
-    _DTYPES = {
+    IMPORT_ERROR = ""
+    DTYPES = {
         torch.float32: tl.float32,
         torch.float64: tl.float64,
         torch.bfloat16: tl.bfloat16,
@@ -53,12 +54,13 @@ AUTOTUNE = os.environ.get("FASTCONFIG_AUTOTUNE") == "1"
 """Try the launches of ``kernels/geometry.py`` at the first call of a kind instead of taking the table's."""
 
 _ADDRESSES_A_LAUNCH = 64
+_TABLES_KEPT = 256
 
 
 def available() -> str | None:
     """Why the kernels cannot run here, or None where they can."""
-    if _IMPORT_ERROR:
-        return f"Triton could not be imported ({_IMPORT_ERROR}); pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+    if IMPORT_ERROR:
+        return f"Triton could not be imported ({IMPORT_ERROR}); pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
     if _version() < OLDEST:
         return f"Triton {triton.__version__} is too old; pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
     if not INTERPRETED and not torch.cuda.is_available():
@@ -80,10 +82,20 @@ def drives(device: torch.device) -> str | None:
 
 Returned = TypeVar("Returned")
 Arguments = ParamSpec("Arguments")
-Placed = TypeVar("Placed", Rows, Tensor)
 
 
-def _on_its_device(
+class HasDevice(Protocol):
+    """What lies on a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+
+
+Placed = TypeVar("Placed", bound=HasDevice)
+
+
+def on_its_device(
     function: Callable[Concatenate[Placed, Arguments], Returned],
 ) -> Callable[Concatenate[Placed, Arguments], Returned]:
     """The function with the device of its first argument made the current one, which is where Triton launches."""
@@ -99,28 +111,28 @@ def _on_its_device(
     return call
 
 
-@_on_its_device
+@on_its_device
 def gramian(rows: Rows) -> Tensor:
     """As reference.gramian, in one launch; one more writes the addresses of more than 8 separate vectors."""
     if not _has_kernel(rows):
         return reference.gramian(rows)
     result = torch.empty(rows.m, rows.m, dtype=torch.float64, device=rows.device)
-    workspace = _workspace(rows.device)
+    workspace = workspace_for(rows.device)
     with workspace.lock:
         _launch_gramian(_operand(rows, workspace, None), workspace, result, None, None)
     return result
 
 
-@_on_its_device
+@on_its_device
 def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
     """As reference.apply, in one launch; as in gramian with many separate vectors. Each output is written once."""
     weights = weights.to(torch.float64).contiguous()
-    workspace = _workspace(rows.device)
+    workspace = workspace_for(rows.device)
     with workspace.lock:
         _launch_combination(_operand(rows, workspace, out), workspace, weights, out)
 
 
-@_on_its_device
+@on_its_device
 def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     """As reference.config_weights, in one launch; a callable length model, or over 64 losses, run there."""
     m = len(gramian)
@@ -129,13 +141,13 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     if rule.nonfinite == "raise":
         reference.raise_if_nonfinite(gramian)
     weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
-    workspace = _workspace(gramian.device)
+    workspace = workspace_for(gramian.device)
     with workspace.lock:
         _launch_solve(workspace, gramian.contiguous(), weights, rule)
     return weights
 
 
-@_on_its_device
+@on_its_device
 def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
@@ -143,7 +155,7 @@ def config_combine(
     if rows.m > geometry.SOLVED or rule.nonfinite == "raise" or not _has_kernel(rows):
         reference.combine_in_steps(gramian, config_weights, apply, rows, rule, out, gramian_out, weights_out)
         return
-    workspace = _workspace(rows.device)
+    workspace = workspace_for(rows.device)
     with workspace.lock:
         workspace.reserve_square(rows.m)
         operand = _operand(rows, workspace, out)
@@ -157,7 +169,7 @@ def config_combine(
 
 
 def _has_kernel(rows: Rows) -> bool:
-    return rows.m <= geometry.FEW or _describe(rows.device).has_matrix_units
+    return rows.m <= geometry.FEW or device_of(rows.device).has_matrix_units
 
 
 class Device(NamedTuple):
@@ -214,7 +226,8 @@ class Workspace:
         self.partials = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tickets = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.addresses = torch.empty(0, dtype=torch.int64, device=self.device)
-        self.gramian = self.weights = self.scratch = self.partials
+        self.gramian = self.weights = self.scratch = self.decision = self.partials
+        self.tables: dict[object, Tensor] = {}
         self._m = self._partials = self._tickets = 0  # what there is room for; asking a tensor takes longer
 
     def reserve_square(self, m: int) -> None:
@@ -223,6 +236,7 @@ class Workspace:
             self.gramian = self.partials.new_empty(m * m)
             self.weights = self.partials.new_empty(m)
             self.scratch = self.partials.new_empty(geometry.scratch_elements(m))
+            self.decision = self.partials.new_empty(HEAD + 3 * m)
             self._m = m  # last: memory may run out
 
     def reserve_sums(self, partials: int, tickets: int) -> None:
@@ -234,6 +248,20 @@ class Workspace:
             self.tickets = self.tickets.new_zeros(tickets)  # zeros once: every launch leaves them so
             self._tickets = tickets
 
+    def table(self, key: object, words: int, write: Callable[[Tensor], None]) -> Tensor:
+        """A table of int64 that begins as zeros, written by ``write`` at the first call with this key, then kept.
+
+        Nobody writes it again, so a launch that reads it may be any time away.
+        """
+        table = self.tables.get(key)
+        if table is None:
+            if len(self.tables) >= _TABLES_KEPT:
+                self.tables.clear()  # the memory is given out again on this stream alone, behind what reads it now
+            table = self.addresses.new_zeros(words)
+            write(table)
+            self.tables[key] = table
+        return table
+
     def table_for(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """The (m,) addresses of the vectors on the device, written there by launches: no copy from the host."""
         if len(self.addresses) < len(vectors):
@@ -241,7 +269,7 @@ class Workspace:
         for first in range(0, len(vectors), _ADDRESSES_A_LAUNCH):
             some = vectors[first : first + _ADDRESSES_A_LAUNCH]
             launched.table_of_addresses[(1,)](
-                self.addresses[first:], some, COUNT=len(some), **_options(self.device, 1, 1)
+                self.addresses[first:], some, COUNT=len(some), **compiler_options(self.device, 1, 1)
             )
         return self.addresses
 
@@ -250,7 +278,7 @@ _WORKSPACES: dict[tuple[torch.device, int], Workspace] = {}
 _WORKSPACES_LOCK = threading.Lock()
 
 
-def _workspace(device: torch.device) -> Workspace:
+def workspace_for(device: torch.device) -> Workspace:
     """The workspace of the current stream of a device, which is the current one."""
     stream = 0
     if device.type == "cuda":
@@ -266,16 +294,17 @@ def _workspace(device: torch.device) -> Workspace:
 
 
 @lru_cache(maxsize=256)
-def _options(device: torch.device, warps: int, programs: int) -> dict[str, object]:
+def compiler_options(device: torch.device, warps: int, programs: int) -> dict[str, object]:
     """Compiler options of a launch of which ``programs`` are to run on a multiprocessor at once."""
     options: dict[str, object] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}  # the kernels do both
-    if _describe(device).limits_registers:
+    if device_of(device).limits_registers:
         options["maxnreg"] = geometry.registers(warps, programs)
     return options
 
 
 @lru_cache(maxsize=64)
-def _describe(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """What a launch needs to know of this device."""
     if INTERPRETED:
         return Device(2, lanes=32, has_matrix_units=True, limits_registers=True, barrier_orders_all=True)
     properties = torch.cuda.get_device_properties(device)
@@ -319,7 +348,7 @@ def _launch_gramian(
     operand: Operand, workspace: Workspace, k: Tensor, c: Tensor | None, rule: ConFIGRule | None
 ) -> None:
     """K into ``k`` and, where a rule is given, ConFIG's weights into ``c``."""
-    device = _describe(operand.device)
+    device = device_of(operand.device)
 
     def launch_few(launch: geometry.Few) -> None:
         tile = launch.warps * device.lanes * operand.vector * launch.unroll
@@ -330,11 +359,11 @@ def _launch_gramian(
         _launch_many(operand, launch, workspace, k, c, rule)
 
     if operand.m > geometry.FEW:
-        launch_many(_tuned(geometry.many(operand.m, operand.dtype.itemsize, device.lanes), operand, launch_many))
+        launch_many(tuned(geometry.many(operand.m, operand.dtype.itemsize, device.lanes), operand, launch_many))
     elif operand.is_small:
         _launch_few(operand, geometry.one(operand.m), 1, workspace, k, c, rule, None)
     else:
-        launch_few(_tuned(geometry.few(operand.m), operand, launch_few))
+        launch_few(tuned(geometry.few(operand.m), operand, launch_few))
 
 
 def _launch_few(
@@ -363,22 +392,23 @@ def _launch_few(
         out=out,
         scratch=workspace.scratch,
         ALIGNED=operand.aligned,
-        direction=_direction(rule, operand.device),
-        **_rule_arguments(rule, operand.m),
-        **_few_arguments(launch, operand.m, operand.vector, operand.device),
+        direction=direction_on(rule, operand.device),
+        **rule_arguments(rule, operand.m),
+        **few_arguments(launch, operand.m, operand.vector, operand.device),
     )
 
 
 @lru_cache(maxsize=256)
-def _few_arguments(launch: geometry.Few, m: int, vector: int, device: torch.device) -> dict[str, object]:
+def few_arguments(launch: geometry.Few, m: int, vector: int, device: torch.device) -> dict[str, object]:
+    """The arguments that say how a Gramian of up to 8 rows is launched."""
     return {
         "PAIRS": geometry.pairs(m),
-        "THREADS": launch.warps * _describe(device).lanes,
+        "THREADS": launch.warps * device_of(device).lanes,
         "VECTOR": vector,
         "UNROLL": launch.unroll,
         "GROUP": launch.group,
-        "FENCE": _describe(device).fence(launch.warps),
-        **_options(device, launch.warps, launch.programs),
+        "FENCE": device_of(device).fence(launch.warps),
+        **compiler_options(device, launch.warps, launch.programs),
     }
 
 
@@ -391,7 +421,7 @@ def _launch_many(
     rule: ConFIGRule | None,
 ) -> None:
     strip_pairs = launch.strip_pairs(operand.m)
-    most = max(1, launch.programs * _describe(operand.device).multiprocessors // strip_pairs)
+    most = max(1, launch.programs * device_of(operand.device).multiprocessors // strip_pairs)
     programs = geometry.programs(operand.n, launch.warps * launch.depth, most, launch.group)
     groups = -(-programs // launch.group)
     workspace.reserve_sums(
@@ -406,17 +436,17 @@ def _launch_many(
         gramian=k,
         weights=c,
         scratch=workspace.scratch,
-        direction=_direction(rule, operand.device),
-        **_rule_arguments(rule, operand.m),
-        DTYPE=_DTYPES[operand.dtype],
+        direction=direction_on(rule, operand.device),
+        **rule_arguments(rule, operand.m),
+        DTYPE=DTYPES[operand.dtype],
         LEFT=launch.left,
         RIGHT=launch.right,
         WARPS=launch.warps,
         DEPTH=launch.depth,
         ALIGNED=operand.aligned,
         GROUP=launch.group,
-        FENCE=_describe(operand.device).fence(launch.warps),
-        **_options(workspace.device, launch.warps, launch.programs),
+        FENCE=device_of(operand.device).fence(launch.warps),
+        **compiler_options(workspace.device, launch.warps, launch.programs),
     )
 
 
@@ -427,14 +457,14 @@ def _launch_solve(workspace: Workspace, gramian: Tensor, weights: Tensor, rule: 
         gramian,
         weights,
         scratch=workspace.scratch,
-        direction=_direction(rule, workspace.device),
-        **_rule_arguments(rule, m),
-        **_options(workspace.device, geometry.solve_warps(m), 1),
+        direction=direction_on(rule, workspace.device),
+        **rule_arguments(rule, m),
+        **compiler_options(workspace.device, geometry.solve_warps(m), 1),
     )
 
 
 def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor, out: Tensor) -> None:
-    device = _describe(workspace.device)
+    device = device_of(workspace.device)
 
     def launch_combination(launch: geometry.Combination) -> None:
         tile = launch.warps * device.lanes * operand.vector
@@ -448,14 +478,14 @@ def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor,
             THREADS=launch.warps * device.lanes,
             VECTOR=operand.vector,
             ALIGNED=operand.aligned,
-            **_options(workspace.device, launch.warps, launch.programs),
+            **compiler_options(workspace.device, launch.warps, launch.programs),
         )
 
-    launch_combination(_tuned(geometry.combination(operand.m), operand, launch_combination))
+    launch_combination(tuned(geometry.combination(operand.m), operand, launch_combination))
 
 
 @lru_cache(maxsize=256)
-def _rule_arguments(rule: ConFIGRule | None, m: int) -> dict[str, object]:
+def rule_arguments(rule: ConFIGRule | None, m: int) -> dict[str, object]:
     """The arguments that say which rule the last program applies; without a rule, unused values."""
     arguments: dict[str, object] = {"M": m, "MP": geometry.power_of_two(m), "DROP": False, "LENGTH": 0}
     if rule is None:
@@ -473,7 +503,7 @@ def _rule_arguments(rule: ConFIGRule | None, m: int) -> dict[str, object]:
     }
 
 
-def _direction(rule: ConFIGRule | None, device: torch.device) -> Tensor | None:
+def direction_on(rule: ConFIGRule | None, device: torch.device) -> Tensor | None:
     """The direction weights on a device, copied there once, at the first combination with them.
 
     The rule keeps them, not a cache: a captured graph reads them for as long as its method lives.
@@ -490,7 +520,7 @@ Launch = TypeVar("Launch")
 _TUNED: dict[tuple[object, ...], object] = {}
 
 
-def _tuned(candidates: Sequence[Launch], operand: Operand, launch: Callable[[Launch], None]) -> Launch:
+def tuned(candidates: Sequence[Launch], operand: Operand, launch: Callable[[Launch], None]) -> Launch:
     """The table's choice, the first; with FASTCONFIG_AUTOTUNE=1 the quickest on this device, tried once a kind of size.
 
     A kind is m, the dtype, the alignment and n to the next power of two. Trying waits for the device, and is left out
