@@ -1,4 +1,4 @@
-"""MConFIG inside what surrounds a training loop: DistributedDataParallel, torch.compile."""
+"""MConFIG inside what surrounds a training loop: DistributedDataParallel, torch.compile, the backend for a GPU."""
 
 import pytest
 import torch
@@ -63,3 +63,37 @@ def test_a_compiled_training_step_takes_the_same_steps():
             function(model, optimizer, i % 2)
     for eager, compiled in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(eager, compiled)
+
+
+class Mean:
+    def weights(self, gramian):
+        return gramian.new_full((len(gramian),), 1 / len(gramian))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU Triton's interpreter takes the CPU's tensors")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"losses_per_step": 2, "weight_decay": 0.1, "maximize": True},
+        {"method": Mean()},
+        {"method": fc.ConFIG(nonfinite="raise")},
+        {"max_norm": 0.1, "max_update_norm": 1.0},
+        {"state_dtype": torch.float64},
+        {"lr": torch.tensor(1e-2)},
+    ],
+    ids=str,
+)
+def test_the_kernels_for_a_gpu_train_as_the_reference_does(options):
+    pytest.importorskip("triton")
+    models = [network(), network()]
+    for model, backend in zip(models, ("reference", "triton"), strict=True):
+        optimizer = fc.optim.MConFIG(model.parameters(), **{"lr": 1e-2, "num_losses": 2, "backend": backend} | options)
+        for _ in range(STEPS):
+            for loss in optimizer.next_losses():
+                with optimizer.record(loss):
+                    model(inputs())[:, loss].square().mean().backward()
+            optimizer.step()
+    for by_reference, by_kernels in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(by_kernels, by_reference, rtol=1e-5, atol=1e-6)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastconfig import backends
-from fastconfig.backends.momentum import cpu, reference
+from fastconfig.backends.momentum import cpu, reference, triton
 from fastconfig.backends.rules import ConFIGRule
 from fastconfig.moments import Decision, Ledger, Moments, Piece, Recorded, StepRule
 
@@ -40,12 +40,19 @@ class Segment(Protocol):
         """All of it, for one segment and ConFIG."""
 
 
+_SEGMENTS: dict[str, Callable[[Moments, Sequence[Piece]], Segment]] = {
+    "reference": reference.Segment,
+    "cpu": cpu.Segment,
+    "triton": triton.Segment,
+}
+
+
 def segment_on(device: torch.device, backend: str | None, moments: Moments, pieces: Sequence[Piece]) -> Segment:
     """A segment for tensors on ``device``, by the backend that ``backends.select`` chooses.
 
     Raises:
         ValueError, RuntimeError: as ``backends.select``.
     """
-    if backends.select(device, backend) is backends.BACKENDS["cpu"]:
-        return cpu.Segment(moments, pieces)
-    return reference.Segment(moments, pieces)
+    selected = backends.select(device, backend)
+    name = next(name for name, module in backends.BACKENDS.items() if module is selected)
+    return _SEGMENTS[name](moments, pieces)
