@@ -215,7 +215,7 @@ def test_update_square_equals_the_reference_and_writes_nothing(tier, m, state, d
             error = torch.zeros(())
             for piece in wanted.pieces:
                 of_each = allowed.update(columns_of(piece), eps_of(piece))
-                error = error + (2 * update_of(wanted, decision, piece) * of_each).sum()
+                error = error + (2 * update_of(wanted, decision, piece).abs() * of_each).sum()
             assert (squares[0] - squares[1]).abs() <= 1.01 * error + 1e-12 * squares[1]
             assert squares[1] > 0
 
@@ -229,11 +229,32 @@ def eps_of(piece) -> float:
 
 
 def update_of(built, decision, piece) -> Tensor:
-    """|update| in float64, from what the step wrote."""
+    """The update in float64, from what the step wrote, ``clip`` left out."""
     columns = columns_of(piece)
     f = decision.forward @ built.moments.first[:, columns].double().nan_to_num()
     root = (built.moments.second[columns].double() * decision.second).sqrt()
-    return (f * decision.gradient / (root + eps_of(piece))).abs()
+    return f * decision.gradient / (root + eps_of(piece))
+
+
+@each_dtype
+def test_parameters_are_rounded_to_nearest(tier, state, dtype):
+    """By way of the state's float32 where it is that: half a unit in the last place, and a little."""
+    case = Case(3, 1025, state, dtype)
+    decision = case.decision(scales_of(1))
+    got, _ = case.twins((1,))
+    before = got.snapshot()
+    got.segment.update(got.recorded, RULE, decision)
+    allowed = Allowed(case, before[0], got.moments.first, before[1], decision, 0.0)
+    for piece, then in zip(got.pieces, before[2:], strict=True):
+        group, lr = GROUPS[piece.group], float(GROUPS[piece.group].lr)
+        step = update_of(got, decision, piece) * decision.clip
+        exact = then.double() * (1 - lr * group.weight_decay) + (lr if group.maximize else -lr) * step
+        exact, lr = (step, 1.0) if group.assign else (exact, lr)
+        exponent = torch.frexp(exact).exponent.clamp(min=math.frexp(torch.finfo(dtype).smallest_normal)[1])
+        half = torch.finfo(dtype).eps / 4 * 2.0 ** exponent.double()
+        slack = lr * decision.clip * allowed.update(columns_of(piece), group.eps) + 16 * WORK * exact.abs()
+        by_float32 = exact.abs() * 2.0**-24
+        assert (piece.values.double() - exact).abs().le(half + by_float32 + slack).all()
 
 
 def test_update_square_is_that_of_the_update_that_is_written(tier):
