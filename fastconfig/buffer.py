@@ -108,10 +108,7 @@ class GradientBuffer:
             RuntimeError: inside another ``record``, of this buffer or of one over some of the same parameters; or a
                 parameter is no longer the one the buffer was made for.
         """
-        if isinstance(loss, bool) or not isinstance(loss, int):
-            raise TypeError(f"loss must be the index of a row, an int, got {loss!r}")
-        if not 0 <= loss < self._num_losses:
-            raise IndexError(f"loss must be 0 to {self._num_losses - 1}, got {loss}")
+        loss = landing.checked_loss(loss, self._num_losses)
         with self._rows.record(loss, f"record({loss})"):
             yield
 

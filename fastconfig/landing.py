@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import weakref
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,21 @@ class Segment:
             shaped_like(parameter, flat[start : start + columns_of(parameter)])
             for parameter, start in zip(self.parameters, self.starts, strict=True)
         ]
+
+
+def checked_loss(loss: SupportsIndex, count: int) -> int:
+    """The index of a loss, an integer of any kind.
+
+    Raises:
+        TypeError: no integer.
+        IndexError: not 0 to count - 1.
+    """
+    if isinstance(loss, (bool, Tensor)) or not isinstance(loss, SupportsIndex):
+        raise TypeError(f"loss must be the index of a loss, an int, got {loss!r}")
+    index = operator.index(loss)
+    if not 0 <= index < count:
+        raise IndexError(f"loss must be 0 to {count - 1}, got {index}")
+    return index
 
 
 def aligned_rows(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -289,7 +305,7 @@ def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
         if not parameter.requires_grad:
             continue
         if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(f"parameters[{i}] is not initialised yet; run the model once before making the buffer")
+            raise ValueError(f"parameters[{i}] is not initialised yet; run the model once first")
         if not parameter.is_leaf:
             raise ValueError(
                 f"parameters[{i}] is not a leaf: it has no .grad of its own; pass the parameter it is from"

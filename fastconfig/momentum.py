@@ -60,7 +60,7 @@ def take_step(
         for segment, recorded in segments
     ]
     products = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
-    if config is not None and config.nonfinite == "raise":
+    if isinstance(method, ConFIG) and method.rule.nonfinite == "raise":
         raise_if_nonfinite(products, recorded.losses)
     ask = all_seen and (home.type != "cpu" or _has_use_for(ledger, recorded.losses, products, found_inf))
     decision = decide(ledger, recorded.losses, products, scales, rule, _weights_by(method, ask), found_inf)

@@ -346,3 +346,15 @@ def test_memory_is_m_plus_one_vectors():
     assert all(value.numel() <= m * m for value in numbers)
     shared = optimizer.state_dict()["shared"]
     assert sum(value.numel() for value in shared.values() if isinstance(value, torch.Tensor)) == m * m + 2 * m + 2
+
+
+def test_a_group_that_lacks_an_option_is_refused_and_a_schedulers_may_be_missing():
+    model = model_of(0)
+    optimizer = optimizer_of(model)
+    plain = optimizer.state_dict()
+    torch.optim.lr_scheduler.StepLR(optimizer, 3)  # it adds to the groups
+    optimizer.load_state_dict(plain)
+    lacking = copy.deepcopy(plain)
+    del lacking["param_groups"][1]["eps"]
+    with pytest.raises(ValueError, match="parameter group 1 lacks eps"):
+        optimizer.load_state_dict(lacking)

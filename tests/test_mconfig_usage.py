@@ -483,3 +483,47 @@ def test_many_elements_of_many_parameters_agree_between_backends():
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=2**-22, atol=1e-3 * 20 * 2**-24)
     assert np.isfinite([p.detach().sum().item() for p in ours]).all()
+
+
+@pytest.mark.parametrize("recorded", [(0,), (0, 1)])
+def test_a_step_that_no_backward_pass_reached_is_refused(backend, recorded):
+    optimizer, parameters = optimizer_of(losses_per_step=2, backend=backend)
+    for loss in recorded:
+        with optimizer.record(loss):
+            pass
+    with pytest.raises(RuntimeError, match="no backward pass inside record reached a parameter"):
+        optimizer.step()
+    optimizer.zero_grad()
+    for loss in (0, 1):  # one that reaches nothing beside one that does is a zero gradient
+        with optimizer.record(loss):
+            if loss:
+                parameters[0].sum().backward()
+    optimizer.step()
+    assert optimizer.combination.norms.tolist() == [0.0, 3**0.5]
+
+
+class OwnConFIG(fc.ConFIG):
+    """Goes the way of any method, not that of the fused step."""
+
+
+@pytest.mark.parametrize("method", [fc.ConFIG, OwnConFIG])
+def test_a_method_that_raises_leaves_the_next_step_free(backend, method):
+    optimizer, parameters = optimizer_of(method=method(nonfinite="raise"), backend=backend)
+    push(optimizer, 0, ones(parameters))
+    optimizer.step()
+    push(optimizer, 1, ones(parameters, math.inf))
+    with pytest.raises(FloatingPointError, match="loss 1's gradient"):
+        optimizer.step()
+    before = [parameter.detach().clone() for parameter in parameters]
+    assert optimizer.steps_left_out == 0
+    push(optimizer, 1, ones(parameters))
+    optimizer.step()
+    assert not any(map(torch.equal, parameters, before))
+
+
+def test_losses_are_integers_of_any_kind():
+    optimizer, parameters = optimizer_of()
+    for loss in np.arange(2):
+        push(optimizer, loss, ones(parameters))
+        optimizer.step()
+    assert optimizer.combination.norms.all()

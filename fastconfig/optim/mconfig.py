@@ -49,7 +49,8 @@ class MConFIG(torch.optim.Optimizer):
     Args:
         params: parameters, or dicts of parameter groups with ``lr``, ``weight_decay``, ``eps`` or ``maximize`` of their
             own. float32, float64, bfloat16, float16 or complex. Those that need no gradient now are left out for good;
-            those that need none later rest until they do again. One that no loss has reached is left alone.
+            those that need none later rest until they do again. One that no loss has reached is left alone; one that is
+            first reached late starts under the counters of the others, which makes its first updates larger.
         lr: learning rate, a number or a tensor of one element.
         num_losses: m.
         betas: β₁ of the averages and β₂ of the second moment, in [0, 1). All groups share them.
@@ -175,8 +176,9 @@ class MConFIG(torch.optim.Optimizer):
         Several backward passes in one block add up, as micro-batches do. Each ``p.grad`` is None inside the block until
         a backward pass reaches it. After the block it shows the gradient, in the memory from which ``step`` takes it,
         so what changes ``p.grad`` in place changes the step; where several losses are recorded, the last one that
-        reached the parameter. Parameters of no group accumulate ``.grad`` as usual. If the block raises, nothing was
-        recorded.
+        reached the parameter. To take another tensor for ``p.grad`` changes nothing; ``zero_grad`` of this optimizer
+        forgets what was recorded. Parameters of no group accumulate ``.grad`` as usual. If the block raises, nothing
+        was recorded.
 
         Args:
             loss: 0 to m - 1.
@@ -187,10 +189,7 @@ class MConFIG(torch.optim.Optimizer):
             RuntimeError: inside another ``record`` over some of the same parameters, or a parameter is no longer the
                 one that the optimizer was made for.
         """
-        if isinstance(loss, bool) or not isinstance(loss, int):
-            raise TypeError(f"loss must be the index of a loss, an int, got {loss!r}")
-        if not 0 <= loss < self._num_losses:
-            raise IndexError(f"loss must be 0 to {self._num_losses - 1}, got {loss}")
+        loss = landing.checked_loss(loss, self._num_losses)
         if loss in self._recorded:
             raise ValueError(
                 f"loss {loss} was already recorded for this step; call all its backward passes inside one record, or "
@@ -231,10 +230,11 @@ class MConFIG(torch.optim.Optimizer):
             closure: records and backpropagates, and returns a loss, which is returned.
 
         Raises:
-            RuntimeError: nothing was recorded since the last step; inside ``record``; a parameter is no longer the one
-                that the optimizer was made for; a GradScaler's ``unscale_`` reached only one of several gradients.
+            RuntimeError: nothing was recorded since the last step, or no backward pass reached a parameter; inside
+                ``record``; a parameter is no longer the one that the optimizer was made for; a GradScaler's
+                ``unscale_`` reached only one of several gradients.
             ValueError: parameter groups of different betas.
-            FloatingPointError: a gradient is not finite and the method raises on it.
+            FloatingPointError: a gradient is not finite and the method raises on it. The gradients are forgotten.
             Nothing has been written then.
         """
         if is_dynamo_compiling():
@@ -251,7 +251,9 @@ class MConFIG(torch.optim.Optimizer):
         self._rows.check_not_recording("step")
         try:
             self._step_by_recorded()
-        except Exception:
+        except Exception as error:
+            if isinstance(error, FloatingPointError):
+                self._recorded.clear()
             # A GradScaler removes what it set only once step has returned, and multiplies its next scale by it.
             vars(self).pop("grad_scale", None)
             vars(self).pop("found_inf", None)
@@ -263,6 +265,11 @@ class MConFIG(torch.optim.Optimizer):
             raise RuntimeError(
                 "step found no gradient: nothing was recorded since the last step. Call backward() inside "
                 "`with optimizer.record(loss):` first"
+            )
+        if not any(self._rows.reached[: len(self._recorded)]):
+            raise RuntimeError(
+                f"step found no gradient: no backward pass inside record reached a parameter, for losses "
+                f"{self._recorded}; if the model's parameters were replaced, make a new MConFIG"
             )
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and grad_scale is None and len(self._recorded) > 1:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastconfig.moments import Ledger
 
+OPTIONS = {"lr", "betas", "eps", "weight_decay", "maximize"}
+"""Of a parameter group; schedulers put more there."""
+
 
 class PackedState(NamedTuple):
     """A checked checkpoint."""
@@ -44,6 +47,9 @@ def packed_state(
             f"state_dict has parameter groups of {list(map(len, saved))} parameters, this optimizer of "
             f"{list(map(len, ours))}"
         )
+    for i, theirs in enumerate(state_dict["param_groups"]):
+        if missing := sorted(OPTIONS - theirs.keys()):
+            raise ValueError(f"state_dict's parameter group {i} lacks {', '.join(missing)}; it holds {sorted(theirs)}")
     position = {id(parameter): i for i, parameter in enumerate(trained)}
     parameters = {}
     for ids, group in zip(saved, ours, strict=True):
