@@ -194,7 +194,7 @@ class CorrectedSeparate:
 def test_separate_equals_the_corrected_transcription(selector, count):
     np.random.seed(1)  # noqa: NPY002  (the selectors draw from it)
     ours, expected = SeparateMomentumOperator(M, 0.8, 0.99), CorrectedSeparate(0.8, 0.99)
-    for indexes, grads in selected_steps(selector(), count, gradient_stream(100)):
+    for indexes, grads in selected_steps(selector(), count, gradient_stream(200)):
         wanted = expected.calculate_gradient(indexes, grads)
         assert relative_error(ours.calculate_gradient(indexes, grads), wanted) <= 1e-5
 

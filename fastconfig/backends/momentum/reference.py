@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -115,11 +116,7 @@ class Segment:
         Raises:
             FloatingPointError: a gradient is not finite and the method raises on it. Nothing has been written.
         """
-        rows = self.products(recorded, scales, rule.beta1)
-        if method.nonfinite == "raise":
-            raise_if_nonfinite(rows, recorded.losses)
-        decision = decide(ledger, recorded.losses, rows, scales, rule, lambda k: config_weights(k, method), found_inf)
-        self.update(recorded, rule, decision)
+        step_in_parts(self, config_weights, ledger, recorded, rule, method, scales, found_inf)
 
     def _combined(
         self, recorded: Recorded, rule: StepRule, decision: Decision
@@ -160,6 +157,34 @@ def _second_and_update(
     v = (rule.beta2 * old.double() + (1.0 - rule.beta2) * pseudo.square()).to(old.dtype)
     root = (v.double() * decision.second).sqrt()
     return v, f * decision.gradient / (root + rule.groups[piece.group].eps)
+
+
+class Parts(Protocol):
+    """What a step is made of: the methods of ``Segment``."""
+
+    def products(self, recorded: Recorded, scales: Tensor, beta1: float) -> Tensor:
+        """As Segment.products."""
+
+    def update(self, recorded: Recorded, rule: StepRule, decision: Decision) -> None:
+        """As Segment.update."""
+
+
+def step_in_parts(
+    segment: Parts,
+    config_weights: Callable[[Tensor, ConFIGRule], Tensor],
+    ledger: Ledger,
+    recorded: Recorded,
+    rule: StepRule,
+    method: ConFIGRule,
+    scales: Tensor,
+    found_inf: Tensor | None,
+) -> None:
+    """``Segment.step`` by a backend's other functions, one after the other."""
+    rows = segment.products(recorded, scales, rule.beta1)
+    if method.nonfinite == "raise":
+        raise_if_nonfinite(rows, recorded.losses)
+    decision = decide(ledger, recorded.losses, rows, scales, rule, lambda k: config_weights(k, method), found_inf)
+    segment.update(recorded, rule, decision)
 
 
 def raise_if_nonfinite(products: Tensor, losses: Sequence[int]) -> None:

@@ -120,7 +120,7 @@ class Segment:
     ) -> None:
         """As reference.Segment.step: two launches, or one where one program does it all."""
         if self._m > geometry.SOLVED or method.nonfinite == "raise" or not self._runs(recorded):
-            self._step_by_steps(ledger, recorded, rule, method, scales, found_inf)
+            reference.step_in_parts(self, gpu.config_weights, ledger, recorded, rule, method, scales, found_inf)
             return
         if found_inf is not None:
             found_inf = found_inf.to(self.device, torch.float32)
@@ -149,23 +149,6 @@ class Segment:
             else:
                 self._launch_look(workspace, gradients, look)
                 self._launch_update(workspace, gradients, rule, workspace.decision, None)
-
-    def _step_by_steps(
-        self,
-        ledger: Ledger,
-        recorded: Recorded,
-        rule: StepRule,
-        method: ConFIGRule,
-        scales: Tensor,
-        found_inf: Tensor | None,
-    ) -> None:
-        rows = self.products(recorded, scales, rule.beta1)
-        if method.nonfinite == "raise":
-            reference.raise_if_nonfinite(rows, recorded.losses)
-        decision = reference.decide(
-            ledger, recorded.losses, rows, scales, rule, lambda k: gpu.config_weights(k, method), found_inf
-        )
-        self.update(recorded, rule, decision)
 
     def _runs(self, recorded: Recorded) -> bool:
         """Whether there are kernels for these gradients: all of one dtype."""
