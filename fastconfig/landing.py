@@ -317,7 +317,7 @@ def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
             )
         distinct.setdefault(id(parameter), parameter)
     if not distinct:
-        raise ValueError("parameters must hold one that requires a gradient, got none: there is nothing to train")
+        raise ValueError("there are no parameters to train: none was given that requires a gradient")
     return list(distinct.values())
 
 

@@ -25,6 +25,10 @@ from fastconfig.optim.state import copy_state, packed_state
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
+_NONE: tuple[int, list[bool]] = (-1, [])
+"""No step's parameters."""
+
+
 class _Place(NamedTuple):
     """Where a parameter's columns are."""
 
@@ -354,6 +358,7 @@ class MConFIG(torch.optim.Optimizer):
             if i not in packed.parameters:
                 for average in self._moments[place.segment]:
                     average[..., place.first : place.first + len(place.memory)].zero_()
+        self._active_for = _NONE
         self._ever_reached.clear()
         self._ever_reached.update(packed.parameters)
         self._describe_state()
@@ -389,7 +394,8 @@ class MConFIG(torch.optim.Optimizer):
         self._recorded: list[int] = []
         self._seen: set[int] = set()  # losses recorded so far
         self._ever_reached: set[int] = set()  # positions of parameters
-        self._active: tuple[list[Segment], tuple[int, ...]] = ([], (-1,))
+        self._active: list[Segment] = []
+        self._active_for = _NONE  # how many were reached, which need a gradient
         self._built = True
 
     def _moments_of(self, segment: landing.Segment) -> Moments:
@@ -418,14 +424,14 @@ class MConFIG(torch.optim.Optimizer):
             if not self._ever_reached.issuperset(self._rows.reached[slot]):
                 self._ever_reached.update(self._rows.reached[slot])
                 self._describe_state()
-        resting = tuple(i for i, p in enumerate(parameters) if i not in self._ever_reached or not p.requires_grad)
-        segments, known = self._active
-        if resting != known:
-            segments = [self._segment_without(resting, s) for s in range(len(self._moments))]
-            self._active = (segments, resting)
+        needing = [parameter.requires_grad for parameter in parameters]
+        if (len(self._ever_reached), needing) != self._active_for:
+            resting = [i for i, needs in enumerate(needing) if i not in self._ever_reached or not needs]
+            self._active = [self._segment_without(resting, s) for s in range(len(self._moments))]
+            self._active_for = len(self._ever_reached), needing
         return [
             (segment, Recorded(losses, rows[: len(losses)]))
-            for segment, rows in zip(segments, self._gradients, strict=True)
+            for segment, rows in zip(self._active, self._gradients, strict=True)
         ]
 
     def _segment_without(self, resting: Sequence[int], index: int) -> Segment:
