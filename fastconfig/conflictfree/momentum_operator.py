@@ -6,6 +6,8 @@ the update is returned in the gradients' dtype; gradients of three or more losse
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -173,13 +175,13 @@ class MomentumOperator:
         if self.device is not None and rows.device != self.device:
             raise ValueError(f"grads are on {rows.device}, but were on {self.device} before; make a new operator")
 
-    def _averages(self) -> list[Tensor]:
-        """One average a loss, all zero."""
-        return [self._average() for _ in range(self.num_vectors)]
-
-    def _average(self) -> Tensor:
-        assert self.len_vectors is not None  # set with the first gradients
-        return torch.zeros(self.len_vectors, dtype=self.dtype, device=self.device)
+    def _zero_rows(self, count: int, like: Tensor) -> Tensor:
+        """(count, n) zeros for averages of vectors ``like`` this one."""
+        if self.len_vectors is None or self.dtype is None:
+            self._set_kind(like)
+        assert self.len_vectors is not None  # set along with the dtype
+        assert self.dtype is not None
+        return aligned_rows(count, self.len_vectors, self.dtype, like.device)
 
 
 class PseudoMomentumOperator(MomentumOperator):
@@ -336,11 +338,7 @@ class PseudoMomentumOperator(MomentumOperator):
     def _begun(self, like: Tensor) -> Moments:
         """The averages; zeros as long as ``like`` where there are none yet."""
         if self._moments is None:
-            if self.len_vectors is None or self.dtype is None:
-                self._set_kind(like)
-            assert self.len_vectors is not None  # set along with the dtype
-            assert self.dtype is not None
-            rows = aligned_rows(self.num_vectors + 1, self.len_vectors, self.dtype, like.device)
+            rows = self._zero_rows(self.num_vectors + 1, like)
             self._moments = Moments(rows[:-1], rows[-1])
             self._ledger = Ledger(*(entry.to(like.device) for entry in self._ledger))
         return self._moments
@@ -428,6 +426,8 @@ class SeparateMomentumOperator(MomentumOperator):
     m_i ← β1 m_i + (1 - β1) g_i, s_i ← β2 s_i + (1 - β2) g_i², each freed of its bias by the loss's own count of
     gradients; combined are the m̂_i / (√ŝ_i + 1e-8). Until every loss has had a gradient, the update is zero.
 
+    Only losses with a new gradient change what is combined: the others' rows are kept. Memory: 3m vectors (n,).
+
     The authors advise ``PseudoMomentumOperator`` instead. Use a plain SGD optimizer.
 
     conflictfree's cannot run: this is what its text means.
@@ -444,6 +444,7 @@ class SeparateMomentumOperator(MomentumOperator):
         s: list of the m second moments (n,).
         t_grads: gradients so far, one count a loss.
         all_initialized: whether every loss has had a gradient.
+        All but the last may be assigned, to resume; what is read of them are copies.
     """
 
     def __init__(
@@ -455,10 +456,42 @@ class SeparateMomentumOperator(MomentumOperator):
         loss_recorder: LossRecorder | None = None,
     ) -> None:
         super().__init__(num_vectors, beta_1, beta_2, gradient_operator, loss_recorder)
-        self.m: list[Tensor] | None = None
-        self.s: list[Tensor] | None = None
-        self.t_grads = [0] * num_vectors
-        self.all_initialized = False
+        self._moments: Tensor | None = None  # (3, m, n): first moments, second moments, what is combined
+        self._counts = [0] * num_vectors
+
+    @property
+    def m(self) -> list[Tensor] | None:
+        """The first moments."""
+        return None if self._moments is None else [row.clone() for row in self._moments[0]]
+
+    @m.setter
+    def m(self, averages: Sequence[Tensor]) -> None:
+        self._assign("m", 0, averages)
+
+    @property
+    def s(self) -> list[Tensor] | None:
+        """The second moments."""
+        return None if self._moments is None else [row.clone() for row in self._moments[1]]
+
+    @s.setter
+    def s(self, averages: Sequence[Tensor]) -> None:
+        self._assign("s", 1, averages)
+
+    @property
+    def t_grads(self) -> list[int]:
+        """Gradients so far, loss by loss."""
+        return list(self._counts)
+
+    @t_grads.setter
+    def t_grads(self, counts: Sequence[int]) -> None:
+        check_pairs("t_grads", len(counts), range(self.num_vectors))
+        self._counts = list(counts)
+        self._scale(range(self.num_vectors))
+
+    @property
+    def all_initialized(self) -> bool:
+        """Whether every loss has had a gradient."""
+        return not has_zero(self._counts)
 
     @torch.no_grad()
     def calculate_gradient(
@@ -478,19 +511,43 @@ class SeparateMomentumOperator(MomentumOperator):
             TypeError, ValueError, IndexError: arguments that do not fit. No average has changed.
         """
         positions, vectors, recorded = self._preprocess_gradients_losses(indexes, grads, losses)
-        if self.m is None or self.s is None:
-            self.m, self.s = self._averages(), self._averages()
+        first, second, scaled = self._begun(vectors[0])
         for position, vector in zip(positions, vectors, strict=True):
-            self.t_grads[position] += 1
-            _follow(self.m[position], vector, self.beta_1)
-            _follow(self.s[position], vector.to(self.dtype).square(), self.beta_2)
+            self._counts[position] += 1
+            _follow(first[position], vector, self.beta_1)
+            _follow(second[position], vector.to(self.dtype).square(), self.beta_2)
+        self._scale(set(positions))
         if not self.all_initialized:
-            if has_zero(self.t_grads):
-                return torch.zeros_like(vectors[0])
-            self.all_initialized = True
-        scaled = _unbiased(self.m, self.beta_1, self.t_grads)
-        scaled /= _unbiased(self.s, self.beta_2, self.t_grads).sqrt_().add_(_EPSILON)
-        return self.gradient_operator.calculate_gradient(scaled, recorded).to(vectors[0].dtype)
+            return torch.zeros_like(vectors[0])
+        known = method_of(self.gradient_operator) is not None
+        rows = scaled if known else scaled.clone()  # an operator of the user's may write to them
+        return self.gradient_operator.calculate_gradient(rows, recorded).to(vectors[0].dtype)
+
+    def _begun(self, like: Tensor) -> Tensor:
+        """The moments; zeros as long as ``like`` where there are none yet."""
+        if self._moments is None:
+            self._moments = self._zero_rows(3 * self.num_vectors, like).unflatten(0, (3, self.num_vectors))
+        return self._moments
+
+    def _scale(self, positions: Iterable[int]) -> None:
+        """Bring m̂_i / (√ŝ_i + ε) up to date for some losses; zero for one that has had no gradient."""
+        if self._moments is None:
+            return
+        first, second, scaled = self._moments
+        for i in positions:
+            count = self._counts[i]
+            if count == 0:
+                scaled[i].zero_()
+                continue
+            torch.div(second[i], 1 - self.beta_2**count, out=scaled[i]).sqrt_().add_(_EPSILON)
+            torch.div(first[i], scaled[i].mul_(1 - self.beta_1**count), out=scaled[i])
+
+    def _assign(self, name: str, which: int, averages: Sequence[Tensor]) -> None:
+        check_pairs(name, len(averages), range(self.num_vectors))
+        self._check_vectors(list(averages))
+        for row, average in zip(self._begun(averages[0])[which], averages, strict=True):
+            row.copy_(average.detach())
+        self._scale(range(self.num_vectors))
 
 
 def _follow(average: Tensor, value: Tensor, beta: float) -> None:

@@ -120,6 +120,35 @@ def test_pseudo_goes_on_from_what_another_had(operator):
             assert relative_error(other.calculate_gradient(indexes, grads), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("operator", [ConFIGOperator, OwnPCGrad])
+def test_separate_goes_on_from_what_another_had(operator):
+    stream = list(selected_steps(OrderedSliceSelector(), 1, gradient_stream(40)))
+    whole, first = (SeparateMomentumOperator(M, gradient_operator=operator()) for _ in range(2))
+    for indexes, grads in stream[:20]:
+        whole.calculate_gradient(indexes, grads)
+        first.calculate_gradient(indexes, grads)
+    second = SeparateMomentumOperator(M, gradient_operator=operator())
+    for name in ("m", "s", "t_grads"):
+        setattr(second, name, getattr(first, name))
+    copies = [second, pickle.loads(pickle.dumps(first)), copy.deepcopy(first)]
+    for indexes, grads in stream[20:]:
+        expected = whole.calculate_gradient(indexes, grads)
+        for other in copies:
+            assert torch.equal(other.calculate_gradient(indexes, grads), expected)
+
+
+def test_separate_hands_a_users_operator_rows_of_its_own():
+    class Spoiling(GradientOperator):
+        def calculate_gradient(self, grads, losses=None):
+            combined = ConFIG_update(grads)
+            grads.fill_(math.nan)
+            return combined
+
+    spoiled, plain = SeparateMomentumOperator(M, gradient_operator=Spoiling()), SeparateMomentumOperator(M)
+    for indexes, grads in selected_steps(OrderedSliceSelector(), 1, gradient_stream(10)):
+        assert torch.equal(spoiled.calculate_gradient(indexes, grads), plain.calculate_gradient(indexes, grads))
+
+
 def test_pseudo_takes_a_loss_twice_in_one_call_as_upstream_does():
     ours, peer = PseudoMomentumOperator(M), upstream.PseudoMomentumOperator(M)
     for rows in gradient_stream(10):
