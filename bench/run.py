@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
 import re
@@ -87,13 +86,14 @@ def table_of(cases: list[dict], title: str, machine: dict[str, str]) -> Table:
     table = Table(title=f"{title}, medians · {machine['cpu']} · torch {machine['torch']} · {machine['isa']}")
     for name in ("m, n, dtype", "contender"):
         table.add_column(name)
-    of_quality = ("error", "least cosine", "peak, n elements") if any("error" in case for case in cases) else ()
-    for name in ("time", "/ floor", "fastconfig is", *of_quality):
+    steps = any("of_floor_in_turns" in case for case in cases)
+    others = ("/ floor, in turns",) if steps else ("error", "least cosine", "peak, n elements")
+    for name in ("time", "/ floor", "fastconfig is", *others):
         table.add_column(name, justify="right")
     for group in grouped(cases):
         times = {case["contender"]: case["median_s"] for case in group}
         for case in group:
-            table.add_row(*itertools.islice(row_of(case, times), len(table.columns)), end_section=case is group[-1])
+            table.add_row(*row_of(case, times, steps), end_section=case is group[-1])
     return table
 
 
@@ -103,13 +103,16 @@ def grouped(cases: list[dict]) -> Iterator[list[dict]]:
         yield [case for case in cases if (case["m"], case["n"], case["dtype"]) == key]
 
 
-def row_of(case: dict, times: dict[str, float]) -> Iterator[str]:
+def row_of(case: dict, times: dict[str, float], steps: bool) -> Iterator[str]:
     seconds, name = case["median_s"], case["contender"]
     yield f"{case['m']}, {case['n']:.0e}, {case['dtype']}"
     yield name
     yield f"{seconds * 1e6:,.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
     yield f"{seconds / times['floor']:.2f}" if "floor" in times else ""
     yield f"{seconds / times['fastconfig']:.1f} × faster" if name != "floor" and "fastconfig" in times else ""
+    if steps:
+        yield f"{case['of_floor_in_turns']:.2f}" if "of_floor_in_turns" in case else ""
+        return
     yield f"{case['error']:.1e}" if "error" in case else ""
     yield f"{case['least_cosine']:.3f}" if "least_cosine" in case else ""
     peak = case.get("peak_bytes")
