@@ -96,7 +96,7 @@ class _Recorded(NamedTuple):
 
 
 _BEING_RECORDED: set[int] = set()
-"""The identities of parameters that some buffer records now, for which it keeps them alive."""
+"""The identities of parameters over which a buffer or optimizer records now; it keeps them alive meanwhile."""
 
 
 class _Landing:

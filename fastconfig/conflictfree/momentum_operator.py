@@ -236,7 +236,7 @@ class PseudoMomentumOperator(MomentumOperator):
         self._moments: Moments | None = None
         self._ledger = Ledger.zeros(num_vectors, torch.device("cpu"))
         self._combined: Tensor | None = None  # fake_m, where it is not Σ weights_i m_i
-        self._written: tuple[Segment, Tensor] | None = None
+        self._written: tuple[Segment, Tensor] | None = None  # what an accelerator's kernels write the update into
         self._seen: set[int] = set()
 
     def __getstate__(self) -> dict[str, object]:
@@ -362,12 +362,13 @@ class PseudoMomentumOperator(MomentumOperator):
         The CPU's is new every time. On an accelerator a new segment's addresses are copied to the device, which waits:
         there one is kept.
         """
-        if self._written is None or self._written[1].dtype != like.dtype or like.device.type == "cpu":
-            update = torch.empty_like(like)
-            self._written = segment_on(like.device, None, moments, [Piece(update, 0, 0)]), update
-        written = self._written
-        if like.device.type == "cpu":
-            self._written = None  # the vector is the caller's
+        kept = self._written
+        if kept is not None and kept[1].dtype == like.dtype:
+            return kept
+        update = torch.empty_like(like)
+        written = segment_on(like.device, None, moments, [Piece(update, 0, 0)]), update
+        if like.device.type != "cpu":
+            self._written = written
         return written
 
     def _by_operator(
