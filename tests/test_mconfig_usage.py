@@ -527,3 +527,33 @@ def test_losses_are_integers_of_any_kind():
         push(optimizer, loss, ones(parameters))
         optimizer.step()
     assert optimizer.combination.norms.all()
+
+
+def test_a_step_that_was_left_out_reached_nothing(backend):
+    optimizer, (first, second) = optimizer_of(weight_decay=0.5, backend=backend)
+    for loss in (0, 1):
+        push(optimizer, loss, {first: torch.ones_like(first)})
+        optimizer.step()
+    push(optimizer, 0, {first: torch.ones_like(first), second: torch.full_like(second, math.inf)})
+    optimizer.step()
+    assert optimizer.steps_left_out == 1
+    assert second not in optimizer.state
+    before = second.detach().clone()
+    push(optimizer, 1, {first: torch.ones_like(first)})
+    optimizer.step()
+    assert torch.equal(second, before)  # no decay either
+    push(optimizer, 0, {first: torch.ones_like(first), second: torch.ones_like(second)})
+    optimizer.step()
+    assert second in optimizer.state
+    assert not torch.equal(second, before)
+
+
+def test_a_step_that_raised_reached_nothing(backend):
+    optimizer, (first, second) = optimizer_of(method=fc.ConFIG(nonfinite="raise"), backend=backend)
+    push(optimizer, 0, {first: torch.ones_like(first)})
+    optimizer.step()
+    push(optimizer, 1, {second: torch.full_like(second, math.nan)})
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert second not in optimizer.state
+    assert first in optimizer.state

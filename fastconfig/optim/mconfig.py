@@ -282,16 +282,24 @@ class MConFIG(torch.optim.Optimizer):
                 "out, as step unscales by itself, and clip by max_norm="
             )
         losses, rule = tuple(self._recorded), self._rule()
-        take_step(
-            self._active_segments(losses),
-            self._ledger,
-            rule,
-            self._method,
-            all_seen=len(self._seen.union(losses)) == self._num_losses,
-            backend=self._backend,
-            grad_scale=grad_scale,
-            found_inf=found_inf if isinstance(found_inf, Tensor) else None,  # 0 where no parameter has a gradient
-        )
+        newly_reached = set().union(*self._rows.reached[: len(losses)]) - self._ever_reached
+        left_out = self.steps_left_out if newly_reached else 0
+        try:
+            take_step(
+                self._active_segments(losses),
+                self._ledger,
+                rule,
+                self._method,
+                all_seen=len(self._seen.union(losses)) == self._num_losses,
+                backend=self._backend,
+                grad_scale=grad_scale,
+                found_inf=found_inf if isinstance(found_inf, Tensor) else None,  # 0 where no parameter has a gradient
+            )
+        except Exception:
+            self._unreach(newly_reached)
+            raise
+        if newly_reached and self.steps_left_out > left_out:  # seldom asked, as it waits for the device
+            self._unreach(newly_reached)
         self._seen.update(losses)
         self._recorded.clear()
         self._last_beta1 = rule.beta1
@@ -453,6 +461,13 @@ class MConFIG(torch.optim.Optimizer):
                     "exp_avgs": landing.shaped_like(parameter, first[:, columns]),
                     "exp_avg_sq": landing.shaped_like(parameter, second[columns]),
                 }
+
+    def _unreach(self, positions: set[int]) -> None:
+        """Leave parameters alone again: what reached them for the first time was left out."""
+        self._ever_reached.difference_update(positions)
+        self._active_for = _NONE
+        for i in positions:
+            self.state.pop(self._rows.parameters[i], None)
 
     def _carry_nonfinite(self, slot: int) -> None:
         """Make the gradient just recorded show NaN where one before, which no ``p.grad`` shows now, is not finite.
