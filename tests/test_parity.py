@@ -11,7 +11,7 @@ import torchjd.aggregation
 
 import fastconfig as fc
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "lstsq_by_svd")
 
 SIZES = [(2, 3), (2, 1000), (3, 10), (5, 5), (5, 1000), (10, 10_000)]
 LARGE = [(3, 100_000), (20, 100_000)]  # in float32 the other packages' own rounding passes 1e-5 here: float64 only
