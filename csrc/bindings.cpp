@@ -6,7 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "config_rule.hpp"
 #include "engine.hpp"
+#include "gramian_rule.hpp"
 #include "momentum.hpp"
 
 namespace py = pybind11;
@@ -66,9 +68,9 @@ void apply(const py::handle& where, int64_t n, DType dtype, std::uintptr_t weigh
                  reinterpret_cast<void*>(out));
 }
 
-// gramian and weights may be 0: then they are kept nowhere.
-int64_t config_combine(const py::handle& where, int64_t n, DType dtype, const ConfigRule& rule, std::uintptr_t out,
-                       std::uintptr_t gramian, std::uintptr_t weights, int threads) {
+// operand may be 0, where the rule takes none; gramian and weights too: then they are kept nowhere.
+int64_t combine(const py::handle& where, int64_t n, DType dtype, const Rule& rule, std::uintptr_t operand,
+                std::uintptr_t out, std::uintptr_t gramian, std::uintptr_t weights, int threads) {
     const std::vector<const void*> row = addresses(where);
     const Engine engine{active_tier, threads};
     const int64_t m = static_cast<int64_t>(row.size());
@@ -76,12 +78,20 @@ int64_t config_combine(const py::handle& where, int64_t n, DType dtype, const Co
     std::vector<double> own((gramian ? 0 : m * m) + (weights ? 0 : m));
     double* k = gramian ? doubles(gramian) : own.data();
     double* c = weights ? doubles(weights) : own.data() + own.size() - m;
-    return engine.config_combine({row.data(), m, n, dtype}, rule, reinterpret_cast<void*>(out), k, c);
+    return engine.combine({row.data(), m, n, dtype}, rule, doubles(operand), reinterpret_cast<void*>(out), k, c);
 }
 
-int64_t config_weights(std::uintptr_t gramian, int64_t m, const ConfigRule& rule, std::uintptr_t weights) {
+int64_t rule_weights(std::uintptr_t gramian, int64_t m, const Rule& rule, std::uintptr_t operand,
+                     std::uintptr_t weights) {
     py::gil_scoped_release release;
-    return rule.weights(doubles(gramian), m, doubles(weights));
+    return rule.weights(doubles(gramian), m, doubles(operand), doubles(weights));
+}
+
+GramianRule gramian_rule(const std::string& name, std::vector<double> parameters, std::vector<double> preferences,
+                         NonFinite nonfinite) {
+    const NamedMethod* method = method_named(name.c_str());
+    if (!method) throw std::invalid_argument("the core has no method '" + name + "'");
+    return {method, std::move(parameters), std::move(preferences), nonfinite};
 }
 
 std::vector<void*> row_addresses(std::uintptr_t first, std::intptr_t step, int64_t m) {
@@ -141,11 +151,10 @@ PYBIND11_MODULE(_core, module) {
         .value("propagate", NonFinite::propagate)
         .value("drop", NonFinite::drop)
         .value("raise", NonFinite::raise);
-    py::class_<ConfigRule>(module, "ConfigRule")
-        .def(py::init(
-            [](std::vector<double> direction, Length length, int64_t tracked, double rtol, NonFinite nonfinite) {
-                return ConfigRule{std::move(direction), length, tracked, rtol, nonfinite};
-            }));
+    py::class_<Rule>(module, "Rule");
+    py::class_<ConfigRule, Rule>(module, "ConfigRule")
+        .def(py::init<std::vector<double>, Length, int64_t, double, NonFinite>());
+    py::class_<GramianRule, Rule>(module, "GramianRule").def(py::init(&gramian_rule));
     py::class_<Recorded>(module, "Recorded").def(py::init(&recorded));
     py::class_<StepRule>(module, "StepRule").def(py::init(&step_rule));
     py::class_<MomentumSegment>(module, "MomentumSegment")
@@ -168,18 +177,19 @@ PYBIND11_MODULE(_core, module) {
                  py::gil_scoped_release release;
                  return segment.update_square(*active_tier, threads, recorded, rule, doubles(decision));
              })
-        .def("step", [](const MomentumSegment& segment, const Recorded& recorded, const StepRule& rule,
-                        const ConfigRule& method, std::uintptr_t scales, bool found_inf, std::uintptr_t gramian,
-                        std::uintptr_t weights, std::uintptr_t counts, std::uintptr_t totals, int threads) {
-            py::gil_scoped_release release;
-            return segment.step(*active_tier, threads, recorded, rule, method, doubles(scales), found_inf,
-                                {doubles(gramian), doubles(weights), doubles(counts), doubles(totals)});
-        });
-    module.attr("FINITE") = ConfigRule::kFinite;
+        .def("step",
+             [](const MomentumSegment& segment, const Recorded& recorded, const StepRule& rule, const Rule& method,
+                std::uintptr_t operand, std::uintptr_t scales, bool found_inf, std::uintptr_t gramian,
+                std::uintptr_t weights, std::uintptr_t counts, std::uintptr_t totals, int threads) {
+                 py::gil_scoped_release release;
+                 return segment.step(*active_tier, threads, recorded, rule, method, doubles(operand), doubles(scales),
+                                     found_inf, {doubles(gramian), doubles(weights), doubles(counts), doubles(totals)});
+             });
+    module.attr("FINITE") = Rule::kFinite;
     module.def("gramian", &gramian);
     module.def("apply", &apply);
-    module.def("config_combine", &config_combine);
-    module.def("config_weights", &config_weights);
+    module.def("combine", &combine);
+    module.def("rule_weights", &rule_weights);
     module.def("tiers", &tier_names, "ISA tiers this machine can run, weakest first.");
     module.def("active_tier", [] { return active_tier->name; });
     module.def("use_tier", &use_tier);

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "eigen.hpp"
+#include "small.hpp"
 
 namespace fastconfig {
 namespace {
@@ -33,12 +34,6 @@ Active active_rows(const double* gramian, int64_t m, const std::vector<double>& 
                                             : gramian[active.index[i] * m + active.index[j]] * (1.0 / active.norm[j]) *
                                                   (1.0 / active.norm[i]);
     return active;
-}
-
-double dot(const double* a, const double* b, int64_t count) {
-    double total = 0.0;
-    for (int64_t i = 0; i < count; ++i) total += a[i] * b[i];
-    return total;
 }
 
 // Solves C a = w by Cholesky where C is certified to have no eigenvalue that the contract would truncate.
@@ -149,15 +144,9 @@ double length_of(const ConfigRule& rule, const Active& active, const std::vector
     return rule.length == Length::projection ? projections : tracked_norm(rule, active) * cosines;
 }
 
-int64_t first_nonfinite(const double* gramian, int64_t m) {
-    for (int64_t i = 0; i < m; ++i)
-        if (!std::isfinite(gramian[i * m + i])) return i;
-    return ConfigRule::kFinite;
-}
-
 }  // namespace
 
-int64_t ConfigRule::weights(const double* gramian, int64_t m, double* weights) const {
+int64_t ConfigRule::weights(const double* gramian, int64_t m, double*, double* weights) const {
     if (const int64_t bad = first_nonfinite(gramian, m); bad != kFinite && nonfinite != NonFinite::drop) {
         if (nonfinite == NonFinite::raise) return bad;
         std::fill(weights, weights + m, std::numeric_limits<double>::quiet_NaN());

@@ -2,25 +2,26 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
+
+#include "rule.hpp"
 
 namespace fastconfig {
 
 enum class Length : int { projection, minimum, maximum, harmonic, arithmetic, geometric, tracked };
-enum class NonFinite : int { propagate, drop, raise };
 
-struct ConfigRule {
+// The meaning is that of backends/reference.py. It takes no operand.
+struct ConfigRule : Rule {
     std::vector<double> direction;  // ŵ, m entries; empty for equal weights
-    Length length = Length::projection;
-    int64_t tracked = 0;  // the loss whose norm Length::tracked takes, already in 0..m-1
-    double rtol = 1e-12;
-    NonFinite nonfinite = NonFinite::propagate;
+    Length length;
+    int64_t tracked;  // the loss whose norm Length::tracked takes, already in 0..m-1
+    double rtol;
 
-    static constexpr int64_t kFinite = -1;
+    ConfigRule(std::vector<double> direction, Length length, int64_t tracked, double rtol, NonFinite nonfinite)
+        : Rule(nonfinite), direction(std::move(direction)), length(length), tracked(tracked), rtol(rtol) {}
 
-    // gramian: (m, m) row-major. weights: (m,) receives c. Returns kFinite, or the first non-finite row under
-    // NonFinite::raise, when weights is untouched. The meaning is that of backends/reference.py.
-    int64_t weights(const double* gramian, int64_t m, double* weights) const;
+    int64_t weights(const double* gramian, int64_t m, double* operand, double* weights) const override;
 };
 
 }  // namespace fastconfig

@@ -63,11 +63,11 @@ void Engine::apply(const Rows& rows, const double* weights, void* out) const {
                    [&](int64_t block, int64_t) { combine_block(*tier, rows, used, blocks[block], out); });
 }
 
-int64_t Engine::config_combine(const Rows& rows, const ConfigRule& rule, void* out, double* gramian,
-                               double* weights) const {
+int64_t Engine::combine(const Rows& rows, const Rule& rule, double* operand, void* out, double* gramian,
+                        double* weights) const {
     this->gramian(rows, gramian);
-    const int64_t bad = rule.weights(gramian, rows.m, weights);
-    if (bad == ConfigRule::kFinite) apply(rows, weights, out);
+    const int64_t bad = rule.weights(gramian, rows.m, operand, weights);
+    if (bad == Rule::kFinite) apply(rows, weights, out);
     return bad;
 }
 

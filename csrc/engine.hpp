@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "config_rule.hpp"
+#include "rule.hpp"
 #include "tier.hpp"
 
 namespace fastconfig {
@@ -18,9 +18,10 @@ struct Engine {
     // out (n,) = Σ c_i g_i; rows of weight 0 are not read.
     void apply(const Rows& rows, const double* weights, void* out) const;
 
-    // Both, with ConFIG's weights in between. gramian (m, m) and weights (m,) receive K and c. Returns as
-    // ConfigRule::weights does; where that is a row, out is untouched.
-    int64_t config_combine(const Rows& rows, const ConfigRule& rule, void* out, double* gramian, double* weights) const;
+    // Both, with a method's weights in between. gramian (m, m) and weights (m,) receive K and c. Returns as
+    // Rule::weights does; where that is a row, out is untouched.
+    int64_t combine(const Rows& rows, const Rule& rule, double* operand, void* out, double* gramian,
+                    double* weights) const;
 };
 
 }  // namespace fastconfig

@@ -32,10 +32,10 @@ struct Arranged {
 };
 
 // Whether this step's gradients are finite: their products with themselves say so. Returns the first that is not.
-int64_t first_nonfinite(const Recorded& recorded, int64_t m, const double* products) {
+int64_t first_nonfinite_of(const Recorded& recorded, int64_t m, const double* products) {
     for (size_t s = 0; s < recorded.loss.size(); ++s)
         if (!std::isfinite(products[s * m + recorded.loss[s]])) return recorded.loss[s];
-    return ConfigRule::kFinite;
+    return Rule::kFinite;
 }
 
 template <class Word>
@@ -174,17 +174,17 @@ void MomentumSegment::fill_assigned(const StepRule& rule, DType dtype, bool with
 }
 
 int64_t MomentumSegment::step(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule,
-                              const ConfigRule& method, const double* scales, bool found_inf,
+                              const Rule& method, double* operand, const double* scales, bool found_inf,
                               const Ledger& ledger) const {
     const int64_t m = this->m(), k = static_cast<int64_t>(recorded.loss.size());
     std::vector<double> products(k * m), decision(kHead + 2 * m + k);
     this->products(tier, threads, recorded, scales, rule.beta1, products.data());
-    const int64_t bad = first_nonfinite(recorded, m, products.data());
-    if (bad != ConfigRule::kFinite && method.nonfinite == NonFinite::raise) return bad;
-    if (bad != ConfigRule::kFinite || found_inf) {
+    const int64_t bad = first_nonfinite_of(recorded, m, products.data());
+    if (bad != Rule::kFinite && method.nonfinite == NonFinite::raise) return bad;
+    if (bad != Rule::kFinite || found_inf) {
         ledger.totals[1] += 1.0;
         fill_assigned(rule, recorded.dtype, true);
-        return ConfigRule::kFinite;
+        return Rule::kFinite;
     }
     for (int64_t s = 0; s < k; ++s) {
         const int64_t i = recorded.loss[s];
@@ -200,7 +200,7 @@ int64_t MomentumSegment::step(const Tier& tier, int threads, const Recorded& rec
         for (int64_t i = 0; i < m; ++i) bias[i] = 1.0 - std::pow(rule.beta1, ledger.counts[i]);
         for (int64_t i = 0; i < m; ++i)
             for (int64_t j = 0; j < m; ++j) gramian[i * m + j] = ledger.gramian[i * m + j] / bias[j] / bias[i];
-        method.weights(gramian.data(), m, forward);
+        method.weights(gramian.data(), m, operand, forward);
         decision[kUpdate] = 1.0;
         decision[kGradient] = 1.0 / unbiased;
         decision[kSecond] = 1.0 / (1.0 - std::pow(rule.beta2, t));
@@ -212,7 +212,7 @@ int64_t MomentumSegment::step(const Tier& tier, int threads, const Recorded& rec
         }
     }
     update(tier, threads, recorded, rule, decision.data());
-    return ConfigRule::kFinite;
+    return Rule::kFinite;
 }
 
 }  // namespace fastconfig

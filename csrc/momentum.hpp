@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "config_rule.hpp"
+#include "rule.hpp"
 #include "tier.hpp"
 
 namespace fastconfig {
@@ -44,10 +44,10 @@ class MomentumSegment {
     double update_square(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule,
                          const double* decision) const;
 
-    // Returns ConfigRule::kFinite, or under NonFinite::raise the first loss whose gradient is not finite; then nothing
-    // has been written.
-    int64_t step(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule,
-                 const ConfigRule& method, const double* scales, bool found_inf, const Ledger& ledger) const;
+    // operand is the method's. Returns Rule::kFinite, or under NonFinite::raise the first loss whose gradient is not
+    // finite; then nothing has been written.
+    int64_t step(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule, const Rule& method,
+                 double* operand, const double* scales, bool found_inf, const Ledger& ledger) const;
 
  private:
     // Neighbouring columns whose parameters belong to one group, or that have none.

@@ -23,9 +23,16 @@ class NonFinite:
     drop: ClassVar[NonFinite]
     # and `raise`, which is no Python identifier
 
-class ConfigRule:
+class Rule: ...
+
+class ConfigRule(Rule):
     def __init__(
         self, direction: list[float], length: Length, tracked: int, rtol: float, nonfinite: NonFinite, /
+    ) -> None: ...
+
+class GramianRule(Rule):
+    def __init__(
+        self, name: str, parameters: list[float], preferences: list[float], nonfinite: NonFinite, /
     ) -> None: ...
 
 FINITE: int
@@ -34,18 +41,19 @@ _Rows = tuple[int, int, int] | list[int]
 
 def gramian(rows: _Rows, n: int, dtype: DType, out: int, threads: int, /) -> None: ...
 def apply(rows: _Rows, n: int, dtype: DType, weights: int, out: int, threads: int, /) -> None: ...
-def config_combine(
+def combine(
     rows: _Rows,
     n: int,
     dtype: DType,
-    rule: ConfigRule,
+    rule: Rule,
+    operand: int,
     out: int,
     gramian: int,
     weights: int,
     threads: int,
     /,
 ) -> int: ...
-def config_weights(gramian: int, m: int, rule: ConfigRule, weights: int, /) -> int: ...
+def rule_weights(gramian: int, m: int, rule: Rule, operand: int, weights: int, /) -> int: ...
 def tiers() -> list[str]: ...
 def active_tier() -> str: ...
 def use_tier(name: str, /) -> None: ...
@@ -75,7 +83,8 @@ class MomentumSegment:
         self,
         recorded: Recorded,
         rule: StepRule,
-        method: ConfigRule,
+        method: Rule,
+        operand: int,
         scales: int,
         found_inf: bool,
         gramian: int,

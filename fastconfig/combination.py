@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import Backend
-from fastconfig.methods import ConFIG, Method
+from fastconfig.methods import ConFIG, GramianMethod, Method
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.rows import Rows
 from fastconfig.validation import check_method_weights
@@ -27,6 +27,10 @@ def combine_rows(
     if type(method) is ConFIG and not callable(method.rule.length):
         method.rule.check_losses(rows.m)
         backend.config_combine(rows, method.rule, out, gramian_out, weights_out)
+        return
+    if isinstance(method, GramianMethod) and method.is_fused:
+        method.rule.check_losses(rows.m)
+        backend.rule_combine(rows, method.rule, method.operand(rows.m, rows.device), out, gramian_out, weights_out)
         return
     gramian = backend.gramian(rows)
     weights = check_method_weights(weights_of(method, gramian), gramian, method)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastconfig import backends
 from fastconfig.backends import Backend, reference
-from fastconfig.backends.rules import ConFIGRule
+from fastconfig.backends.rules import ConFIGRule, GramianRule
 from fastconfig.rows import Rows
 from fastconfig.validation import check_out, check_rows
 
@@ -102,6 +102,33 @@ class Operators:
         """As reference.config_combine. No callable length model."""
         torch.ops.fastconfig.config_combine(
             _tensors_of(rows), *_encoded(rule), out, gramian_out, weights_out, self._backend
+        )
+
+    def rule_weights(self, gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
+        """As reference.rule_weights."""
+        weights: Tensor = torch.ops.fastconfig.rule_weights(
+            gramian.detach(), rule.kind, rule.parameters, rule.preferences, rule.nonfinite, operand, self._backend
+        )
+        return weights
+
+    def rule_combine(
+        self,
+        rows: Rows,
+        rule: GramianRule,
+        operand: Tensor | None,
+        out: Tensor,
+        gramian_out: Tensor | None = None,
+        weights_out: Tensor | None = None,
+    ) -> None:
+        """As reference.rule_combine, in three operators."""
+        reference.combine_in_steps(
+            self.gramian,
+            lambda gramian: self.rule_weights(gramian, rule, operand),
+            self.apply,
+            rows,
+            out,
+            gramian_out,
+            weights_out,
         )
 
 
@@ -276,3 +303,40 @@ def _config_combine(
     for tensor in (out, gramian, weights):
         if tensor is not None:
             torch.autograd.graph.increment_version(tensor)
+
+
+def _fake_rule_weights(
+    gramian: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    preferences: Sequence[float] | None,
+    nonfinite: str,
+    operand: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    _check_named(backend, gramian.device)
+    return gramian.new_empty((len(gramian),), dtype=torch.float64)
+
+
+@_operator(
+    "rule_weights(Tensor gramian, str kind, float[] parameters, float[]? preferences, str nonfinite, "
+    f"Tensor(a!)? operand, {_BACKEND}) -> Tensor",
+    _fake_rule_weights,
+)
+def _rule_weights(
+    gramian: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    preferences: Sequence[float] | None,
+    nonfinite: str,
+    operand: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    rule = GramianRule(kind, tuple(parameters), None if preferences is None else tuple(preferences), nonfinite)
+    gramian = gramian.contiguous()
+    _check_float64(gramian, "gramian", (len(gramian), len(gramian)))
+    rule.check_losses(len(gramian))
+    if operand is not None:
+        _check_float64(operand, "operand", operand.shape)
+        torch.autograd.graph.increment_version(operand)
+    return backends.select(gramian.device, backend).rule_weights(gramian, rule, operand)

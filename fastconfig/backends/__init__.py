@@ -1,7 +1,7 @@
 """The same functions, once a backend, and the choice between them.
 
-A backend is a module with ``available``, ``gramian``, ``apply``, ``config_weights`` and ``config_combine``, as
-``reference`` defines them.
+A backend is a module with ``available``, ``gramian``, ``apply``, and ``config_weights``, ``config_combine``,
+``rule_weights`` and ``rule_combine``, as ``reference`` defines them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import cpu, reference, triton
-from fastconfig.backends.rules import ConFIGRule
+from fastconfig.backends.rules import ConFIGRule, GramianRule
 from fastconfig.rows import Rows
 
 __all__ = ["BACKENDS", "Backend", "select"]
@@ -45,6 +45,20 @@ class Backend(Protocol):
         weights_out: Tensor | None = None,
     ) -> None:
         """All of it; K and c are kept where tensors for them are given."""
+
+    def rule_weights(self, gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
+        """Another method's c, (m,) float64, from K."""
+
+    def rule_combine(
+        self,
+        rows: Rows,
+        rule: GramianRule,
+        operand: Tensor | None,
+        out: Tensor,
+        gramian_out: Tensor | None = None,
+        weights_out: Tensor | None = None,
+    ) -> None:
+        """All of it by another method."""
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu, "triton": triton}

@@ -11,7 +11,7 @@ import torch  # first: it loads the OpenMP runtime that the core then shares
 from torch import Tensor
 
 from fastconfig.backends import reference
-from fastconfig.backends.rules import ConFIGRule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, GramianRule, Rule, nonfinite_message
 from fastconfig.rows import Rows
 
 try:
@@ -76,9 +76,21 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     """As reference.config_weights; a callable length model runs there."""
     if callable(rule.length):
         return reference.config_weights(gramian, rule)
+    return _weights(gramian, rule, None)
+
+
+def rule_weights(gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
+    """As reference.rule_weights."""
+    return _weights(gramian, rule, operand)
+
+
+def _weights(gramian: Tensor, rule: Rule, operand: Tensor | None) -> Tensor:
     gramian = gramian.contiguous()
-    weights = torch.empty(len(gramian), dtype=torch.float64, device=gramian.device)
-    bad = _core.config_weights(gramian.data_ptr(), len(gramian), native_rule(rule, len(gramian)), weights.data_ptr())
+    m = len(gramian)
+    weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
+    bad = _core.rule_weights(
+        gramian.data_ptr(), m, native_rule(rule, m), 0 if operand is None else operand.data_ptr(), weights.data_ptr()
+    )
     if bad != _core.FINITE:
         raise FloatingPointError(nonfinite_message(bad))
     return weights
@@ -88,11 +100,35 @@ def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
     """As reference.config_combine, in one call into the core: two passes over the rows. No callable length model."""
-    bad = _core.config_combine(
+    _combine(rows, rule, None, out, gramian_out, weights_out)
+
+
+def rule_combine(
+    rows: Rows,
+    rule: GramianRule,
+    operand: Tensor | None,
+    out: Tensor,
+    gramian_out: Tensor | None = None,
+    weights_out: Tensor | None = None,
+) -> None:
+    """As reference.rule_combine, in one call into the core: two passes over the rows."""
+    _combine(rows, rule, operand, out, gramian_out, weights_out)
+
+
+def _combine(
+    rows: Rows,
+    rule: Rule,
+    operand: Tensor | None,
+    out: Tensor,
+    gramian_out: Tensor | None,
+    weights_out: Tensor | None,
+) -> None:
+    bad = _core.combine(
         _addresses(rows),
         rows.n,
         DTYPES[rows.dtype],
         native_rule(rule, rows.m),
+        0 if operand is None else operand.data_ptr(),
         out.data_ptr(),
         0 if gramian_out is None else gramian_out.data_ptr(),
         0 if weights_out is None else weights_out.data_ptr(),
@@ -111,12 +147,13 @@ def _addresses(rows: Rows) -> tuple[int, int, int] | list[int]:
 
 
 @lru_cache(maxsize=256)
-def native_rule(rule: ConFIGRule, m: int) -> _core.ConfigRule:
+def native_rule(rule: Rule, m: int) -> _core.Rule:
     """The rule as the core reads it; a negative index of a tracked loss counts from the end."""
+    nonfinite = getattr(_core.NonFinite, rule.nonfinite)
+    if isinstance(rule, GramianRule):
+        return _core.GramianRule(rule.kind, list(rule.parameters), list(rule.preferences or ()), nonfinite)
     if isinstance(rule.length, int):
         length, tracked = _core.Length.tracked, rule.length % m
     else:
         length, tracked = getattr(_core.Length, str(rule.length)), 0
-    return _core.ConfigRule(
-        list(rule.direction or ()), length, tracked, rule.rtol, getattr(_core.NonFinite, rule.nonfinite)
-    )
+    return _core.ConfigRule(list(rule.direction or ()), length, tracked, rule.rtol, nonfinite)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastconfig.backends.rules import ConFIGRule, nonfinite_message
+from fastconfig.backends import problem
+from fastconfig.backends.rules import ConFIGRule, GramianRule, nonfinite_message
 from fastconfig.rows import Rows
 
 CHUNK_ELEMENTS = 1 << 22
@@ -85,22 +86,52 @@ def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
     """The whole of ConFIG: Gramian, weights, and the combination into ``out`` (n,), with K and c kept where asked."""
-    combine_in_steps(gramian, config_weights, apply, rows, rule, out, gramian_out, weights_out)
+    combine_in_steps(gramian, lambda k: config_weights(k, rule), apply, rows, out, gramian_out, weights_out)
+
+
+def rule_weights(gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
+    """A method's coefficients c from the Gramian, as its file in ``fastconfig.methods`` writes it down, on the host.
+
+    Args:
+        gramian: (m, m) float64.
+        rule: which method, its numbers, treatment of non-finite rows.
+        operand: what it takes besides, of this call alone: float64 on the same device; updated by those with a state.
+
+    Returns:
+        (m,) float64 on the Gramian's device. A row that is zero has weight 0; non-finite ones as in config_weights.
+
+    Raises:
+        FloatingPointError: a row is not finite and the rule says "raise".
+    """
+    if rule.nonfinite == "raise":
+        raise_if_nonfinite(gramian)
+    return problem.rule_weights(gramian, rule, operand)
+
+
+def rule_combine(
+    rows: Rows,
+    rule: GramianRule,
+    operand: Tensor | None,
+    out: Tensor,
+    gramian_out: Tensor | None = None,
+    weights_out: Tensor | None = None,
+) -> None:
+    """``config_combine`` by another method."""
+    combine_in_steps(gramian, lambda k: rule_weights(k, rule, operand), apply, rows, out, gramian_out, weights_out)
 
 
 def combine_in_steps(
     gramian: Callable[[Rows], Tensor],
-    config_weights: Callable[[Tensor, ConFIGRule], Tensor],
+    weights: Callable[[Tensor], Tensor],
     apply: Callable[[Rows, Tensor, Tensor], None],
     rows: Rows,
-    rule: ConFIGRule,
     out: Tensor,
     gramian_out: Tensor | None,
     weights_out: Tensor | None,
 ) -> None:
-    """``config_combine`` by a backend's other functions, one after the other."""
+    """A combination by a backend's other functions, one after the other."""
     k = gramian(rows)
-    c = config_weights(k, rule)
+    c = weights(k)
     apply(rows, c, out)
     if gramian_out is not None:
         gramian_out.copy_(k)

@@ -78,6 +78,45 @@ class ConFIGRule:
         return torch.where(active, norms, 1.0).log().sum().div(count.clamp(min=1)).exp() * (count > 0)
 
 
+@dataclass(frozen=True)
+class GramianRule:
+    """A method but ConFIG, validated: what a backend needs besides the Gramian.
+
+    Attributes:
+        kind: the method, by the name of its file in ``fastconfig.methods``.
+        parameters: its numbers, in the order that the file lists.
+        preferences: one finite number a loss; None for equal ones.
+        nonfinite: as ``ConFIGRule``.
+    """
+
+    kind: str
+    parameters: tuple[float, ...]
+    preferences: tuple[float, ...] | None
+    nonfinite: str
+
+    def __hash__(self) -> int:
+        """Computed once, as ConFIGRule's."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, self.parameters, self.preferences, self.nonfinite))
+
+    def __getstate__(self) -> dict[str, object]:
+        """As ConFIGRule's."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def check_losses(self, m: int) -> None:
+        """Raise ValueError unless the rule fits m losses."""
+        if self.preferences is not None and len(self.preferences) != m:
+            raise ValueError(f"weights has {len(self.preferences)} entries for {m} losses; pass one weight a loss")
+        if self.kind == "priority" and len(self.parameters) not in (0, m):
+            raise ValueError(f"order has {len(self.parameters)} entries for {m} losses; name every loss once")
+
+
+Rule = ConFIGRule | GramianRule
+
+
 def _one_number(length: object, norms: Tensor) -> Tensor:
     """What a callable length model returned, as a 0-d tensor beside the norms."""
     if not isinstance(length, (Tensor, int, float)):

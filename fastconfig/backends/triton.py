@@ -11,14 +11,14 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fastconfig.backends import reference
-from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule
+from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
 from fastconfig.moments import HEAD
 from fastconfig.rows import Rows
 
@@ -153,7 +153,8 @@ def config_combine(
 ) -> None:
     """As reference.config_combine: two launches, or one where one program does it all. No callable length model."""
     if rows.m > geometry.SOLVED or rule.nonfinite == "raise" or not _has_kernel(rows):
-        reference.combine_in_steps(gramian, config_weights, apply, rows, rule, out, gramian_out, weights_out)
+        weights = partial(config_weights, rule=rule)
+        reference.combine_in_steps(gramian, weights, apply, rows, out, gramian_out, weights_out)
         return
     workspace = workspace_for(rows.device)
     with workspace.lock:
@@ -166,6 +167,26 @@ def config_combine(
         else:
             _launch_gramian(operand, workspace, k, c, rule)
             _launch_combination(operand, workspace, c, out)
+
+
+@on_its_device
+def rule_weights(gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
+    """As reference.rule_weights, which it is."""
+    return reference.rule_weights(gramian, rule, operand)
+
+
+@on_its_device
+def rule_combine(
+    rows: Rows,
+    rule: GramianRule,
+    operand: Tensor | None,
+    out: Tensor,
+    gramian_out: Tensor | None = None,
+    weights_out: Tensor | None = None,
+) -> None:
+    """As reference.rule_combine, in one launch after the other."""
+    weights = partial(rule_weights, rule=rule, operand=operand)
+    reference.combine_in_steps(gramian, weights, apply, rows, out, gramian_out, weights_out)
 
 
 def _has_kernel(rows: Rows) -> bool:

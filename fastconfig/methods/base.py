@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from fastconfig.backends.rules import NONFINITE_NAMES, GramianRule, NonFinite
+from fastconfig.ops import backend_for, is_traced
 
 
 @runtime_checkable
@@ -25,3 +33,197 @@ class Method(Protocol):
             (m,) floating-point tensor on the same device. A row of weight 0 is not read.
         """
         ...
+
+
+class GramianMethod:
+    """A built-in method, compiled on every backend. What is said here holds for each.
+
+    A gradient that is zero constrains nothing and gets weight 0. One that holds inf or NaN makes every weight NaN, is
+    left out, or raises, as ``nonfinite`` says.
+
+    Args:
+        rule: which method, and its numbers, validated.
+        shown: the arguments that the method was made with, for its repr.
+    """
+
+    source: str
+    """Where the method was published, in a line."""
+
+    def __init__(self, rule: GramianRule, **shown: object) -> None:
+        self._rule = rule
+        self._shown = shown
+
+    @property
+    def rule(self) -> GramianRule:
+        """The validated parameters, as backends read them."""
+        return self._rule
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the weights are the rule's answer and nothing else, so that a backend may combine in one call."""
+        return type(self).weights is GramianMethod.weights
+
+    def operand(self, m: int, device: torch.device) -> Tensor | None:
+        """What the rule takes besides the Gramian in the next combination, as float64 on ``device``: draws, or state.
+
+        Called once a combination; a random method draws here.
+        """
+        del m, device
+        return None
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        """The coefficients c, (m,) float64, for a Gramian (m, m): g = Σ c_i g_i.
+
+        Raises:
+            ValueError: the Gramian is not square, or the method's numbers do not fit it.
+            FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+        """
+        check_gramian(gramian)
+        self._rule.check_losses(len(gramian))
+        backend = backend_for(gramian.device, None, is_traced(gramian))
+        operand = self.operand(len(gramian), gramian.device)
+        return backend.rule_weights(gramian.detach().to(torch.float64), self._rule, operand)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._shown.items())})"
+
+
+class StatefulMethod(GramianMethod):
+    """A method that remembers something from one combination to the next: float64 tensors, and a count.
+
+    Attributes:
+        generator: what its draws come from, if it draws; None for torch's own.
+    """
+
+    generator: torch.Generator | None = None
+    _state: Tensor | None = None
+
+    def state_dict(self) -> dict[str, object]:
+        """What the next combination depends on: the state's tensor and, where one was given, the generator's."""
+        return {
+            "state": None if self._state is None else self._state.clone(),
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Continue from a ``state_dict``.
+
+        Raises:
+            ValueError: it is none, or is of a method that draws from a generator of its own, which this one has not.
+        """
+        if set(state_dict) != set(self.state_dict()):
+            raise ValueError(f"state_dict must have the keys {sorted(self.state_dict())}, got {sorted(state_dict)}")
+        state, generator = state_dict["state"], state_dict["generator"]
+        if (generator is None) != (self.generator is None):
+            raise ValueError(
+                f"state_dict was saved {'without' if generator is None else 'with'} a generator; make the method "
+                "as it was made then"
+            )
+        if isinstance(generator, Tensor) and self.generator is not None:
+            self.generator.set_state(generator.cpu())
+        self._state = state.clone() if isinstance(state, Tensor) else None
+
+    def reset(self) -> None:
+        """Forget what was remembered: the next combination is the first. The generator goes on."""
+        self._state = None
+
+    def _kept(self, m: int, size: int, device: torch.device) -> Tensor | None:
+        """The state where it was made for m losses, on ``device``; ValueError where for another number."""
+        if self._state is not None and self._state.shape[-1] != size:
+            raise ValueError(
+                f"{type(self).__name__} remembers {self._state.shape[-1]} losses and was asked for {m}; "
+                "call reset(), or make a method of its own for each set of losses"
+            )
+        if self._state is not None and self._state.device != device:
+            self._state = self._state.to(device)
+        return self._state
+
+
+def draw(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None, normal: bool) -> Tensor:
+    """Uniform numbers in [0, 1), or normal ones, float64 on ``device``, drawn where the generator lives."""
+    function = torch.randn if normal else torch.rand
+    if generator is None:
+        return function(shape, dtype=torch.float64, device=device)
+    return function(shape, dtype=torch.float64, device=generator.device, generator=generator).to(device)
+
+
+def check_gramian(gramian: Tensor) -> None:
+    """Raise ValueError unless it is (m, m), m ≥ 1."""
+    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
+        raise ValueError(f"gramian must have shape (m, m), got {tuple(gramian.shape)}")
+
+
+def check_generator(generator: torch.Generator | None) -> torch.Generator | None:
+    """Raise TypeError unless it is one."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}; seed one with manual_seed")
+    return generator
+
+
+def check_nonfinite(nonfinite: NonFinite) -> str:
+    """Raise ValueError unless it is known."""
+    if nonfinite not in NONFINITE_NAMES:
+        raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE_NAMES)}, got {nonfinite!r}")
+    return nonfinite
+
+
+def check_number(
+    name: str, value: float, least: float = 0.0, most: float = math.inf, *, open_at_least: bool = False
+) -> float:
+    """A finite number in [least, most]; where ``open_at_least``, not least itself.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    inside = least < value <= most if open_at_least else least <= value <= most
+    if not (inside and math.isfinite(value)):
+        bracket = "(" if open_at_least else "["
+        end = "inf)" if most == math.inf else f"{most:g}]"
+        raise ValueError(f"{name} must lie in {bracket}{least:g}, {end}, got {value}")
+    return float(value)
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """An int of at least ``least``. TypeError, ValueError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return operator.index(value)
+
+
+def check_preferences(weights: Sequence[float] | Tensor | None, *, signed: bool = False) -> tuple[float, ...] | None:
+    """Preferences as floats: finite, not all zero, and not negative unless ``signed``. A tensor is read once, here.
+
+    Raises:
+        ValueError: they are not that.
+    """
+    if weights is None:
+        return None
+    values = _numbers_of(weights)
+    if not values:
+        raise ValueError(f"weights must be a vector of real numbers, one a loss, got {weights!r}")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"weights must be finite, got {list(values)}; a loss is left out by weight 0")
+    if not any(values):
+        raise ValueError(f"weights must not all be zero, got {list(values)}: they would leave no direction")
+    if not signed and min(values) < 0:
+        raise ValueError(f"weights must not be negative, got {list(values)}; a loss is left out by weight 0")
+    return values
+
+
+def _numbers_of(weights: Sequence[float] | Tensor) -> tuple[float, ...]:
+    """A vector of real numbers, as floats; empty where it is none."""
+    try:
+        if isinstance(weights, (list, tuple)) and all(type(value) in (float, int) for value in weights):
+            return tuple(float(value) for value in weights)  # a compiler can trace this, and nothing below
+        # float64 from the start: a list would pass through float32, where 0.1 is 0.10000000149.
+        vector = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # huge, ragged, text, or tensors that require grad
+        return ()
+    if vector.dim() != 1 or vector.is_complex() or vector.dtype == torch.bool:
+        return ()
+    return tuple(float(value) for value in vector.tolist())

@@ -7,11 +7,11 @@ import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastconfig.backends.rules import LENGTH_NAMES, NONFINITE_NAMES, ConFIGRule, LengthModel, LengthName, NonFinite
+from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, LengthModel, LengthName, NonFinite
+from fastconfig.methods.base import check_gramian, check_nonfinite, check_preferences
 from fastconfig.ops import backend_for, is_traced
 
 
@@ -57,9 +57,9 @@ class ConFIG:
         rtol: float = 1e-12,
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        self._weights = _check_direction(weights)
+        self._weights = check_preferences(weights, signed=True)
         self._rule = ConFIGRule(
-            _normalised(self._weights), _check_length(length), _check_rtol(rtol), _check_nonfinite(nonfinite)
+            _normalised(self._weights), _check_length(length), _check_rtol(rtol), check_nonfinite(nonfinite)
         )
 
     @property
@@ -74,8 +74,7 @@ class ConFIG:
             ValueError: the Gramian is not square, or the direction weights or the tracked loss do not fit it.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
         """
-        if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
-            raise ValueError(f"gramian must have shape (m, m), got {tuple(gramian.shape)}")
+        check_gramian(gramian)
         self._rule.check_losses(len(gramian))
         backend = backend_for(gramian.device, None, is_traced(gramian))
         return backend.config_weights(gramian.detach().to(torch.float64), self._rule)
@@ -84,33 +83,6 @@ class ConFIG:
         rule = self._rule
         weights = None if self._weights is None else list(self._weights)
         return f"ConFIG(weights={weights}, length={rule.length!r}, rtol={rule.rtol:g}, nonfinite={rule.nonfinite!r})"
-
-
-def _check_direction(weights: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
-    if weights is None:
-        return None
-    values = _numbers_of(weights)
-    if not values:
-        raise ValueError(f"weights must be a vector of real numbers, one a loss, got {weights!r}")
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"weights must be finite, got {list(values)}; a loss is left out by weight 0")
-    if not any(values):
-        raise ValueError(f"weights must not all be zero, got {list(values)}: they would leave no direction")
-    return values
-
-
-def _numbers_of(weights: Sequence[float] | Tensor) -> tuple[float, ...]:
-    """A vector of real numbers, as floats; empty where it is none."""
-    try:
-        if isinstance(weights, (list, tuple)) and all(type(value) in (float, int) for value in weights):
-            return tuple(float(value) for value in weights)  # a compiler can trace this, and nothing below
-        # float64 from the start: a list would pass through float32, where 0.1 is 0.10000000149.
-        vector = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
-    except (OverflowError, RuntimeError, TypeError, ValueError):  # huge, ragged, text, or tensors that require grad
-        return ()
-    if vector.dim() != 1 or vector.is_complex() or vector.dtype == torch.bool:
-        return ()
-    return tuple(float(value) for value in vector.tolist())
 
 
 def _normalised(direction: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -137,9 +109,3 @@ def _check_rtol(rtol: float) -> float:
     if not (math.isfinite(rtol) and 0 <= rtol < 1):
         raise ValueError(f"rtol must lie in [0, 1), got {rtol}; the default is 1e-12")
     return float(rtol)
-
-
-def _check_nonfinite(nonfinite: NonFinite) -> str:
-    if nonfinite not in NONFINITE_NAMES:
-        raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE_NAMES)}, got {nonfinite!r}")
-    return nonfinite

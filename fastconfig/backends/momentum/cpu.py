@@ -64,6 +64,7 @@ class Segment:
             _native_recorded(recorded),
             _native_rule(rule),
             cpu.native_rule(method, self._m),
+            0,
             scales.data_ptr(),
             found_inf is not None and bool(found_inf),
             ledger.gramian.data_ptr(),

@@ -1,0 +1,110 @@
+"""Nash-MTL: the losses bargain over the update; each one's gain is the inverse of its weight.
+
+    K a = w/a,  a > 0;   c = a, made shorter where |Σ a_i g_i| > max_norm
+
+The solution minimises ½aᵀKa - Σ w_i log a_i, which is convex and self-concordant: a damped Newton method finds it to
+rounding. |Σ a_i g_i|² = Σ w.
+
+Source: Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022 (arXiv 2202.01017), eq. 2 and algorithm 1; the
+paper's own code approximates the solution by a sequence of convex programs.
+
+Degenerate cases: opposed gradients (a cosine of the update with a gradient under 1e-6) have no solution: zero.
+Duplicates share what one of them would have. A zero gradient, for which 0 = 1/a, takes no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastconfig.backends.problem import Problem, Vector, reference_of
+from fastconfig.backends.rules import GramianRule, NonFinite
+from fastconfig.methods.base import StatefulMethod, check_count, check_nonfinite, check_number, check_preferences
+from fastconfig.methods.solvers import bargain
+
+
+@reference_of("nash", only_preferred=True)
+def _nash(problem: Problem, parameters: Sequence[float], operand: Vector | None) -> Vector:
+    """parameters: the largest norm, 0 for none."""
+    del operand
+    x = bargain(problem.unit, problem.preferences, 1.0)
+    if x is None:
+        return np.zeros(problem.k)
+    most, norm = parameters[0], np.sqrt(problem.preferences.sum())
+    return x / problem.norms * (most / norm if 0 < most < norm else 1.0)
+
+
+class NashMTL(StatefulMethod):
+    """Nash-MTL: the Nash bargaining solution K a = 1/a, exactly.
+
+    Args:
+        weights: bargaining powers w, m finite numbers from 0 on, not all zero; None for 1 each.
+        max_norm: the combined gradient is scaled down to this norm where it is longer; None for no bound. Unbounded,
+            its norm is √Σw, whatever the gradients' scale.
+        update_every: solve only in every so many combinations, and use the last solution in between, as in the paper.
+        nonfinite: what becomes of a gradient that holds inf or NaN: ``"propagate"``, ``"drop"`` or ``"raise"``, as in
+            ``ConFIG``.
+
+    Raises:
+        TypeError: max_norm is no number, or update_every no int.
+        ValueError: max_norm not positive; update_every under 1; weights that are not that; an unknown nonfinite.
+
+    Source: Navon et al., ICML 2022 (arXiv 2202.01017), eq. 2 and algorithm 1.
+    """
+
+    source = "Navon et al., ICML 2022, arXiv 2202.01017"
+
+    def __init__(
+        self,
+        weights: Sequence[float] | Tensor | None = None,
+        max_norm: float | None = 1.0,
+        update_every: int = 1,
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        self._every = check_count("update_every", update_every)
+        self._most = 0.0 if max_norm is None else check_number("max_norm", max_norm, open_at_least=True)
+        preferences = check_preferences(weights)
+        most = self._most if self._every == 1 else 0.0
+        super().__init__(
+            GramianRule("nash", (most,), preferences, check_nonfinite(nonfinite)),
+            weights=preferences,
+            max_norm=max_norm,
+            update_every=self._every,
+        )
+        self._step = 0
+
+    @property
+    def is_fused(self) -> bool:
+        """Where every combination solves."""
+        return self._every == 1
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        """As every method's; in between two solutions, the last one's weights, bounded anew."""
+        if self.is_fused:
+            return super().weights(gramian)
+        m = len(gramian)
+        kept = self._kept(m, m, gramian.device)
+        if kept is None or self._step % self._every == 0:
+            kept = self._state = super().weights(gramian)
+        self._step += 1
+        used = torch.where(kept == 0, 0.0, gramian)  # a row without weight takes no part, whatever it holds
+        norm = (kept @ used @ kept).clamp(min=0.0).sqrt()
+        bounded = kept * (self._most / norm).clamp(max=1.0) if self._most else kept
+        return torch.where(norm > 0, bounded, kept)
+
+    def state_dict(self) -> dict[str, object]:
+        """The last solution, and how many combinations there have been."""
+        return {**super().state_dict(), "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """As every method's."""
+        super().load_state_dict(state_dict)
+        self._step = check_count("state_dict['step']", state_dict["step"], least=0)  # type: ignore[arg-type]
+
+    def reset(self) -> None:
+        """As every method's: the next combination solves."""
+        super().reset()
+        self._step = 0
