@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gramian_rule.hpp"
+#include "nonnegative.hpp"
 #include "small.hpp"
 
 namespace fastconfig {
@@ -14,7 +15,6 @@ namespace {
 constexpr int kMostSteps = 200, kMostHalvings = 50;
 constexpr int kIdle = 3;          // turns without progress after which rounding, not the method, sets the error
 constexpr double kSmall = 1e-10;  // an error that such a standstill may leave
-constexpr double kCosine = 1e-6;  // √kNothing: with a smaller one the losses are opposed
 
 // C x = q·x^(-β) for x > 0: where ½xᵀCx - Σ q ∫x^(-β), which is convex, is least.
 class Bargain {
@@ -22,7 +22,7 @@ class Bargain {
     Bargain(const double* unit, std::vector<double> q, double beta)
         : unit_(unit), q_(std::move(q)), beta_(beta), size_(static_cast<int64_t>(q_.size())) {}
 
-    // Receives x; false where there is none, as the rows are opposed.
+    // Receives x; false where there is none, as the hull of the rows holds the origin.
     bool solve(std::vector<double>& x) const {
         x.resize(size_);
         for (int64_t i = 0; i < size_; ++i) x[i] = std::pow(q_[i], 1.0 / (1.0 + beta_));  // the answer for C = 1
@@ -44,7 +44,7 @@ class Bargain {
         }
         x = best;
         evaluate(x, along, wanted);
-        return least < kSmall && meets(x, along);
+        return (least < kSmall && meets(x, along)) || are_apart();
     }
 
  private:
@@ -52,11 +52,8 @@ class Bargain {
     double residual(const std::vector<double>& x, const std::vector<double>& along,
                     const std::vector<double>& wanted) const {
         double largest = 0.0;
-        for (int64_t i = 0; i < size_; ++i) {
-            double terms = wanted[i];
-            for (int64_t j = 0; j < size_; ++j) terms += std::fabs(unit_[i * size_ + j]) * x[j];
-            largest = std::max(largest, std::fabs(along[i] - wanted[i]) / terms);
-        }
+        for (int64_t i = 0; i < size_; ++i)
+            largest = std::max(largest, std::fabs(along[i] - wanted[i]) / (terms(x, i) + wanted[i]));
         return largest;
     }
 
@@ -82,10 +79,25 @@ class Bargain {
         }
     }
 
-    // Whether the combination goes along with every row: a cosine under kCosine is what rounding leaves of opposition.
+    // Whether the combination goes along with every row by more than rounding of its terms.
     bool meets(const std::vector<double>& x, const std::vector<double>& along) const {
-        const double length = std::sqrt(dot(x.data(), along.data(), size_));
-        return std::all_of(along.begin(), along.end(), [&](double value) { return value > kCosine * length; });
+        for (int64_t i = 0; i < size_; ++i)
+            if (!(along[i] > kNothing * terms(x, i))) return false;
+        return true;
+    }
+
+    // Whether the rows leave a common direction. Where they do, products may still be lost to rounding, as with norms
+    // that differ too much for float64.
+    bool are_apart() const {
+        std::vector<double> w(size_);
+        return least_norm_point(unit_, std::vector<double>(size_, 1.0).data(), size_, w.data());
+    }
+
+    // Σ |C_ij| x_j
+    double terms(const std::vector<double>& x, int64_t i) const {
+        double total = 0.0;
+        for (int64_t j = 0; j < size_; ++j) total += std::fabs(unit_[i * size_ + j]) * x[j];
+        return total;
     }
 
     const double* unit_;

@@ -13,18 +13,15 @@ namespace fastconfig {
 namespace {
 
 Problem problem_of(const double* gramian, int64_t m, const std::vector<double>& preferences, bool only_preferred) {
-    Problem problem{m, 0, {}, {}, {}, {}, {}, static_cast<double>(m)};
+    Problem problem{m, 0, {}, {}, {}, {}, {}, 0.0};
     for (int64_t i = 0; i < m; ++i) {
         const double square = gramian[i * m + i];
+        if (std::isfinite(square)) problem.total += preferences.empty() ? 1.0 : preferences[i];
         if (!(std::isfinite(square) && square > 0.0)) continue;
         if (only_preferred && !preferences.empty() && preferences[i] == 0.0) continue;
         problem.index.push_back(i);
         problem.norm.push_back(std::sqrt(square));
         if (!preferences.empty()) problem.preference.push_back(preferences[i]);
-    }
-    if (!preferences.empty()) {
-        problem.total = 0.0;
-        for (const double preference : preferences) problem.total += preference;
     }
     const int64_t k = problem.k = static_cast<int64_t>(problem.index.size());
     problem.gramian.resize(k * k);
@@ -85,9 +82,9 @@ const NamedMethod* method_named(const char* name) {
     return nullptr;
 }
 
-// parameters: whether to divide by m. operand: (m,) the weights, or null for the preferences.
+// parameters: whether to divide by the number of rows. operand: (m,) the weights, or null for the preferences.
 void constant(const Problem& problem, const std::vector<double>& parameters, double* operand, double* c) {
-    const double divisor = parameters[0] != 0.0 ? static_cast<double>(problem.m) : 1.0;
+    const double divisor = parameters[0] != 0.0 ? problem.total : 1.0;
     const std::vector<double> preferences = problem.preferences();
     for (int64_t i = 0; i < problem.k; ++i) c[i] = (operand ? operand[problem.index[i]] : preferences[i]) / divisor;
 }

@@ -17,11 +17,11 @@ struct Problem {
     std::vector<double> norm;        // (k,)
     std::vector<double> unit;        // (k, k) of the unit rows, 1 on the diagonal
     std::vector<double> preference;  // (k,) as given; empty for equal ones
-    double total;                    // the sum of all m preferences
+    double total;                    // the sum of the preferences of all finite rows, zero ones too
 
     // (k,) the preferences, 1 where none were given.
     std::vector<double> preferences() const;
-    // (k,) the preferences divided by their sum over all m rows.
+    // (k,) the preferences divided by that sum.
     std::vector<double> shares() const;
     // (k,) the products of the rows with the combination by `weights` (k,).
     std::vector<double> products(const std::vector<double>& weights) const;

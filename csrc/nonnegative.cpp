@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "small.hpp"
@@ -9,6 +10,8 @@
 namespace fastconfig {
 namespace {
 
+// Under this share of its terms the surplus of a dependent row is taken for rounding.
+constexpr double kLeastSurplus = 1e-10;
 constexpr int kPatience = 3;  // exchanges of several entries without progress before the active set takes over
 
 }  // namespace
@@ -69,6 +72,30 @@ bool NonNegative::by_blocks(const double* f, double* x) {
     return false;
 }
 
+// Lets in an entry whose row depends on the free ones: along Az = 0, z = 1 at the entry, the objective falls as surely
+// as its surplus is positive, until another entry meets its bound and leaves. False where the surplus is but rounding,
+// or where nothing bounds the way, as f is then out of A's range.
+bool NonNegative::exchange(int64_t entering, const double* f, double* x) {
+    free_[entering] = 0;
+    std::vector<double> row(size_), along(size_);
+    for (int64_t j = 0; j < size_; ++j) row[j] = a_[entering * size_ + j];
+    solve_free(row.data(), along.data());  // z is minus this
+    double terms = std::fabs(f[entering]);
+    for (const int64_t i : index_) terms += std::fabs(row[i] * x[i]);
+    if (surplus(f, x, entering) <= kLeastSurplus * terms) return false;
+    double step = std::numeric_limits<double>::infinity();
+    int64_t leaving = -1;
+    for (const int64_t i : index_)
+        if (along[i] > 0.0 && x[i] / along[i] < step) step = x[i] / along[i], leaving = i;
+    if (leaving < 0) return false;
+    for (const int64_t i : index_) x[i] = std::max(x[i] - step * along[i], 0.0);
+    x[leaving] = 0.0;
+    x[entering] = step;
+    free_[leaving] = 0;
+    free_[entering] = 1;
+    return true;
+}
+
 void NonNegative::by_active_set(const double* f, double* x) {
     std::fill(free_.begin(), free_.end(), 0);
     std::fill(x, x + size_, 0.0);
@@ -86,11 +113,20 @@ void NonNegative::by_active_set(const double* f, double* x) {
         }
         if (entering < 0) return;
         free_[entering] = 1;
-        // A row that depends on the free ones has, as f lies in A's range, nothing to add.
-        if (!solve_free(f, wanted.data()) || wanted[entering] <= 0.0) {
+        if (!solve_free(f, wanted.data())) {
+            if (exchange(entering, f, x)) {
+                std::fill(dependent.begin(), dependent.end(), 0);
+                solve_free(f, wanted.data());
+            } else {
+                free_[entering] = 0;
+                dependent[entering] = 1;
+                solve_free(f, wanted.data());  // index_ as it was
+                continue;
+            }
+        } else if (wanted[entering] <= 0.0) {  // only rounding said that it should enter
             free_[entering] = 0;
             dependent[entering] = 1;
-            solve_free(f, wanted.data());  // index_ as it was
+            solve_free(f, wanted.data());
             continue;
         }
         for (;;) {

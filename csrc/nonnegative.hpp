@@ -6,8 +6,8 @@
 
 namespace fastconfig {
 
-// A: (size, size) symmetric, positive semi-definite, of diagonal near 1; f in its range. At the solution
-// Ax - f ≥ 0 and x(Ax - f) = 0 to rounding.
+// A: (size, size) symmetric, positive semi-definite, of diagonal near 1; f such that the objective is bounded. At the
+// solution Ax - f ≥ 0 and x(Ax - f) = 0 to rounding.
 //
 // Where the free block stays regular, by block principal pivoting: every entry of the wrong sign changes sides at once,
 // and a solution takes a handful of factorisations (Júdice & Pires 1994; Kim & Park 2011). It is not certain to end, so
@@ -30,6 +30,7 @@ class NonNegative {
     bool by_blocks(const double* f, double* x);
     void by_active_set(const double* f, double* x);
     bool solve_free(const double* f, double* x);
+    bool exchange(int64_t entering, const double* f, double* x);
     double surplus(const double* f, const double* x, int64_t j) const;
 
     const double* a_;

@@ -1,21 +1,61 @@
 """Conflict-free gradients for training on several losses. Start with ``combine`` or ``GradientBuffer``."""
 
-from fastconfig import optim
+from fastconfig import optim, torchjd
 from fastconfig.api import combine, gramian
 from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
 from fastconfig.diagnostics import show_config
-from fastconfig.methods import ConFIG, Method
+from fastconfig.methods import (
+    CRMOGM,
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    Constant,
+    DualProj,
+    FairGrad,
+    GradVac,
+    InverseNorm,
+    Mean,
+    Method,
+    NashMTL,
+    PCGrad,
+    Priority,
+    RandomWeights,
+    SDMGrad,
+    Sum,
+    UPGrad,
+)
 from fastconfig.version import __version__
 
 __all__ = [
+    "CRMOGM",
+    "IMTLG",
+    "MGDA",
+    "AlignedMTL",
+    "CAGrad",
     "Combination",
     "ConFIG",
+    "Constant",
+    "DualProj",
+    "FairGrad",
+    "GradVac",
     "GradientBuffer",
+    "InverseNorm",
+    "Mean",
     "Method",
+    "NashMTL",
+    "PCGrad",
+    "Priority",
+    "RandomWeights",
+    "SDMGrad",
+    "Sum",
+    "UPGrad",
     "__version__",
     "combine",
     "gramian",
     "optim",
     "show_config",
+    "torchjd",
 ]

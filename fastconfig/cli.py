@@ -1,4 +1,4 @@
-"""The ``fastconfig`` command: ``fastconfig doctor`` and ``fastconfig demo burgers``."""
+"""The ``fastconfig`` command: ``fastconfig doctor``, ``fastconfig methods`` and ``fastconfig demo burgers``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 import torch
 
 from fastconfig.diagnostics import show_config
+from fastconfig.methods.catalogue import CATALOGUE
 
 _PICTURE = "burgers.png"
 _DEFAULT_SECONDS = 60.0
@@ -70,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "demo":
             return _demo_burgers(arguments, demo)
-        show_config()
+        if arguments.command == "methods":
+            _print_methods()
+        else:
+            show_config()
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -86,13 +90,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(prog="fastconfig", description="Conflict-free gradients, at memory speed.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="show the version, the backends and why one is missing")
+    commands.add_parser("methods", help="list the methods, what each does and where it was published")
     demos = commands.add_parser("demo", help="train on a real problem").add_subparsers(
         dest="demo", required=True, metavar="PROBLEM"
     )
     description = (
         "Train the physics-informed network of the ConFIG paper on Burgers' equation by Adam on the summed loss, by "
-        "ConFIG and by M-ConFIG, each for the same wall time; print a table and draw a PNG. The methods take turns, so "
-        "Ctrl-C at any moment leaves all three equally far: the table and the PNG then show what there is."
+        "ConFIG (or another method) and by M-ConFIG, each for the same wall time; print a table and draw a PNG. They "
+        "take turns, so Ctrl-C at any moment leaves all three equally far: the table and the PNG then show what there "
+        "is."
     )
     demo = demos.add_parser("burgers", help="a physics-informed network, three ways", description=description)
     demo.add_argument(
@@ -105,6 +111,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         type=_steps,
         help="steps at most for each method. Without --seconds, the same seed and steps give the same result",
     )
+    demo.add_argument(
+        "--method",
+        choices=sorted(CATALOGUE),
+        default="config",
+        metavar="NAME",
+        help="what combines the three gradients in ConFIG's place, one of `fastconfig methods` (default: config)",
+    )
     demo.add_argument("--seed", type=_seed, default=0, help="of the initial weights and the points (default: 0)")
     demo.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     demo.add_argument(
@@ -114,6 +127,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help=f"the PNG to write, or an existing directory to put {_PICTURE} in (default: here); replaces an old one",
     )
     return parser, demo
+
+
+def _print_methods() -> None:
+    width = max(len(name) for name in CATALOGUE)
+    wide = max(len(entry.rule) for entry in CATALOGUE.values())
+    for name, entry in CATALOGUE.items():
+        print(f"{name:<{width}}  {entry.rule:<{wide}}  {entry.source}")
 
 
 def _steps(text: str) -> int:
@@ -196,7 +216,7 @@ def _demo_burgers(arguments: argparse.Namespace, parser: argparse.ArgumentParser
             seconds = _DEFAULT_SECONDS
         budget = burgers.Budget(seconds, arguments.steps)
         grid = burgers_problem.ExactGrid(arguments.device)
-        trainers = [make(arguments.seed, arguments.device, budget) for make in burgers.TRAINERS]
+        trainers = burgers.trainers(arguments.seed, arguments.device, budget, arguments.method)
         with report.TrainingProgress(console, trainers) as progress:
             burgers.train(trainers, grid, lambda: interrupt.requested, progress.update)
         if interrupt.requested:

@@ -12,7 +12,7 @@ from fastconfig import backends
 from fastconfig.backends.momentum import Segment
 from fastconfig.backends.momentum.reference import decide, raise_if_nonfinite
 from fastconfig.combination import Combination, weights_of
-from fastconfig.methods import ConFIG, Method
+from fastconfig.methods import ConFIG, GramianMethod, Method
 from fastconfig.moments import Decision, Ledger, Recorded, StepRule
 from fastconfig.rows import Rows
 from fastconfig.validation import check_method_weights
@@ -60,7 +60,7 @@ def take_step(
         for segment, recorded in segments
     ]
     products = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
-    if isinstance(method, ConFIG) and method.rule.nonfinite == "raise":
+    if isinstance(method, (ConFIG, GramianMethod)) and method.rule.nonfinite == "raise":
         raise_if_nonfinite(products, recorded.losses)
     ask = all_seen and (home.type != "cpu" or _has_use_for(ledger, recorded.losses, products, found_inf))
     decision = decide(ledger, recorded.losses, products, scales, rule, _weights_by(method, ask), found_inf)

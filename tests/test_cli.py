@@ -204,7 +204,7 @@ def test_on_a_terminal_there_is_one_bar_a_method_with_its_losses():
 
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    trainers = [kind(0, torch.device("cpu"), burgers.Budget(None, 4)) for kind in burgers.TRAINERS]
+    trainers = burgers.trainers(0, torch.device("cpu"), burgers.Budget(None, 4))
     with report.TrainingProgress(console, trainers) as progress:
         trainers[0].train_until(0.5, lambda: False)
         progress.update()

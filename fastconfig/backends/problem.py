@@ -29,7 +29,7 @@ class Problem:
         index: (k,) where the rows stand among the m.
         gramian: (k, k).
         given: (k,) the preferences as given; None for equal ones.
-        total: the sum of all m preferences.
+        total: the sum of the preferences of all finite rows, zero ones too.
     """
 
     m: int
@@ -62,7 +62,7 @@ class Problem:
 
     @property
     def shares(self) -> Vector:
-        """(k,) the preferences over their sum over all m losses: 1/m where none were given."""
+        """(k,) the preferences over that sum: 1/m where none were given."""
         return self.preferences / self.total
 
 
@@ -120,7 +120,7 @@ def rule_weights(gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> 
             index,
             everything[np.ix_(index, index)],
             None if preferences is None else preferences[index],
-            m if preferences is None else preferences.sum(),
+            float(finite.sum() if preferences is None else preferences[finite].sum()),
         )
         local = None if operand is None else operand.detach().cpu().numpy()  # on the CPU the operand's own memory
         weights[index] = reference(problem, rule.parameters, local)

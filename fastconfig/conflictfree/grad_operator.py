@@ -17,10 +17,10 @@ from fastconfig.conflictfree import length_model as _length_model
 from fastconfig.conflictfree import weight_model as _weight_model
 from fastconfig.conflictfree.length_model import *  # noqa: F403  (upstream's star exports)
 from fastconfig.conflictfree.length_model import LengthModel, ProjectionLength, core_length, method_of_length
-from fastconfig.conflictfree.utils import UNIT_DIRECTION, Sequence, apply_gradient_vector
+from fastconfig.conflictfree.utils import Sequence, apply_gradient_vector
 from fastconfig.conflictfree.weight_model import *  # noqa: F403  (upstream's star exports)
 from fastconfig.conflictfree.weight_model import EqualWeight, WeightModel
-from fastconfig.methods import ConFIG, Method
+from fastconfig.methods import IMTLG, ConFIG, Method, PCGrad
 from fastconfig.validation import check_rows
 
 __all__ = [
@@ -33,6 +33,8 @@ __all__ = [
     "IMTLGOperator",
     "PCGradOperator",
 ]
+
+_PCGRAD, _IMTLG = PCGrad(order="fixed"), IMTLG()
 
 
 def ConFIG_update_double(  # noqa: N802  (upstream's name)
@@ -215,7 +217,7 @@ class PCGradOperator(GradientOperator):
         Raises:
             TypeError, ValueError: gradients that are no tensors, or not of one length, dtype and device.
         """
-        return combine(grads, _PCGrad())
+        return combine(grads, _PCGRAD)
 
 
 class IMTLGOperator(GradientOperator):
@@ -242,7 +244,7 @@ class IMTLGOperator(GradientOperator):
         Raises:
             TypeError, ValueError: gradients that are no tensors, or not of one length, dtype and device.
         """
-        return combine(grads, _IMTLG())
+        return combine(grads, _IMTLG)
 
 
 def method_of(operator: GradientOperator) -> Method | None:
@@ -251,31 +253,8 @@ def method_of(operator: GradientOperator) -> Method | None:
         length = "projection" if operator.length_model is None else core_length(operator.length_model)
         return None if length is None else method_of_length(length)
     if type(operator) is PCGradOperator:
-        return _PCGrad()
-    return _IMTLG() if type(operator) is IMTLGOperator else None
-
-
-class _PCGrad:
-    """PCGrad on the Gramian: row i of A holds the coefficients of the i-th projected gradient, Σ_k A_ik g_k."""
-
-    def weights(self, gramian: Tensor) -> Tensor:
-        projected = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
-        for j in range(len(gramian)):
-            against = (projected @ gramian[:, j]).clamp(max=0.0)  # (m,) dot products with g_j, where in conflict
-            against[j] = 0.0
-            # Select, never divide: a zero gradient is in conflict with none.
-            projected[:, j] -= torch.where(against < 0, against / gramian[j, j], against)
-        finite = torch.isfinite(gramian.diagonal()).all()
-        return torch.where(finite, projected.sum(dim=0), torch.nan)
-
-
-class _IMTLG:
-    """IMTL-G on the Gramian: equal projections on all directions is ConFIG's direction; Σ c_i = 1 sets its length."""
-
-    def weights(self, gramian: Tensor) -> Tensor:
-        weights = UNIT_DIRECTION.weights(gramian)
-        total = weights.sum()
-        return torch.where(total == 0, weights, weights / total)
+        return _PCGRAD
+    return _IMTLG if type(operator) is IMTLGOperator else None
 
 
 class _PseudoInverseLength:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastconfig.buffer import GradientBuffer
 from fastconfig.demos.burgers_problem import LOSS_NAMES, BurgersNetwork, ExactGrid, Problem
-from fastconfig.methods import ConFIG
+from fastconfig.methods.catalogue import CATALOGUE
 from fastconfig.optim import MConFIG
 
 PAIRS = ((0, 1), (0, 2), (1, 2))
@@ -83,7 +82,7 @@ class Trainer(ABC):
             backpropagating them; the rest is what a method costs.
     """
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(self, seed: int, device: torch.device, budget: Budget) -> None:
         self.network = BurgersNetwork(seed).to(device)
@@ -158,15 +157,14 @@ class SummedLoss(Trainer):
         self._optimizer.step()
 
 
-class ConFIGTrainer(Trainer):
-    """Adam on ConFIG's combination of the three losses' gradients."""
+class MethodTrainer(Trainer):
+    """Adam on a method's combination of the three losses' gradients."""
 
-    name = "ConFIG"
-
-    def __init__(self, seed: int, device: torch.device, budget: Budget) -> None:
+    def __init__(self, seed: int, device: torch.device, budget: Budget, method: str = "config") -> None:
         super().__init__(seed, device, budget)
+        self.name = CATALOGUE[method].title.__name__
         self._buffer = GradientBuffer(self.network.parameters(), num_losses=len(LOSS_NAMES))
-        self._method = ConFIG()
+        self._method = CATALOGUE[method].make(len(LOSS_NAMES))
 
     def _step(self) -> None:
         with self._backpropagating():
@@ -198,7 +196,20 @@ class MConFIGTrainer(Trainer):
         self._optimizer.step()
 
 
-TRAINERS: tuple[type[Trainer], ...] = (SummedLoss, ConFIGTrainer, MConFIGTrainer)
+def trainers(seed: int, device: torch.device, budget: Budget, method: str = "config") -> list[Trainer]:
+    """The demo's three: Adam on the summed loss, on a method's combination, and M-ConFIG.
+
+    Args:
+        seed: of the weights and the points, the same for all.
+        device: where they train.
+        budget: what each may use.
+        method: a name of the catalogue.
+    """
+    return [
+        SummedLoss(seed, device, budget),
+        MethodTrainer(seed, device, budget, method),
+        MConFIGTrainer(seed, device, budget),
+    ]
 
 
 @contextmanager

@@ -120,18 +120,16 @@ def _draw_histories(axes: list[Axes], trainers: Sequence[Trainer]) -> None:
 
 def _draw_cosines(ax: Axes, trainers: Sequence[Trainer]) -> None:
     """Median and 10 to 90 % range of each pair's cosine in each of 40 stretches of time."""
-    _label(
-        ax,
-        "cosines between the losses' gradients while ConFIG trains: median, and the range of 80 % of the steps",
-        "training time (s)",
-        "cosine",
-    )
+    recorded = next((trainer for trainer in trainers if trainer.history.cosines), None)
+    who = "" if recorded is None else f" while {recorded.name} trains"
+    title = f"cosines between the losses' gradients{who}: median, and the range of 80 % of the steps"
+    _label(ax, title, "training time (s)", "cosine")
     ax.set_ylim(-1.05, 1.45)  # room for the legend
     ax.set_yticks(np.linspace(-1.0, 1.0, 5))
-    history = next((trainer.history for trainer in trainers if trainer.history.cosines), None)
-    if history is None:
+    if recorded is None:
         _say_not_run(ax)
         return
+    history = recorded.history
     seconds, cosines = np.asarray(history.cosine_seconds), np.asarray(history.cosines)
     bins = np.array_split(np.arange(len(seconds)), min(_COSINE_BINS, len(seconds)))
     middle = [seconds[steps].mean() for steps in bins]

@@ -1,7 +1,7 @@
 """One file a method: Gramian -> weights."""
 
 from fastconfig.methods.aligned_mtl import AlignedMTL
-from fastconfig.methods.base import GramianMethod, Method, StatefulMethod
+from fastconfig.methods.base import GramianMethod, Method, Stateful
 from fastconfig.methods.cagrad import CAGrad
 from fastconfig.methods.config import ConFIG
 from fastconfig.methods.constant import Constant, Mean, Sum
@@ -40,7 +40,7 @@ __all__ = [
     "Priority",
     "RandomWeights",
     "SDMGrad",
-    "StatefulMethod",
+    "Stateful",
     "Sum",
     "UPGrad",
 ]

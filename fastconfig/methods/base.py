@@ -88,8 +88,8 @@ class GramianMethod:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._shown.items())})"
 
 
-class StatefulMethod(GramianMethod):
-    """A method that remembers something from one combination to the next: float64 tensors, and a count.
+class Stateful:
+    """What a method remembers from one combination to the next: a float64 tensor, and the place in its draws.
 
     Attributes:
         generator: what its draws come from, if it draws; None for torch's own.
@@ -137,6 +137,10 @@ class StatefulMethod(GramianMethod):
         if self._state is not None and self._state.device != device:
             self._state = self._state.to(device)
         return self._state
+
+
+class StatefulMethod(Stateful, GramianMethod):
+    """A built-in method that remembers or draws."""
 
 
 def draw(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None, normal: bool) -> Tensor:

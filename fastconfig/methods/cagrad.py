@@ -56,7 +56,7 @@ def _raised(problem: Problem, b: Vector, radius: float) -> Vector:
         y = nonnegative(problem.unit, (t - b) / problem.norms)
         return y / problem.norms, float(np.sqrt(max(float(y @ problem.unit @ y), 0.0)))
 
-    w, is_apart = least_norm_point(problem)
+    w, is_apart = least_norm_point(problem.unit, problem.norms)
     low = b.min()  # what g₀ reaches
     # No level is higher than the dual's value for some w; none is positive where the hull holds the origin.
     high = max(low, b @ w + radius * np.sqrt(w @ problem.gramian @ w) if is_apart else 0.0)

@@ -50,6 +50,8 @@ class ConFIG:
     answer is zero, never NaN.
     """
 
+    source = "Liu et al., ICLR 2025, arXiv 2408.11104"
+
     def __init__(
         self,
         weights: Sequence[float] | Tensor | None = None,

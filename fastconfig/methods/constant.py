@@ -16,9 +16,9 @@ from fastconfig.methods.base import GramianMethod, check_nonfinite, check_prefer
 
 @reference_of("constant")
 def _constant(problem: Problem, parameters: Sequence[float], operand: Vector | None) -> Vector:
-    """parameters: whether to divide by m. operand: (m,) the weights; None for the preferences."""
+    """parameters: whether to divide by the number of rows. operand: (m,) the weights; None for the preferences."""
     weights = problem.preferences if operand is None else operand[problem.index]
-    return weights / problem.m if parameters[0] else weights
+    return weights / problem.total if parameters[0] else weights
 
 
 class Sum(GramianMethod):

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastconfig.methods.base import Method, StatefulMethod, check_gramian, check_number
+from fastconfig.methods.base import Method, Stateful, check_gramian, check_number
 
 
-class CRMOGM(StatefulMethod):
+class CRMOGM(Stateful):
     """A moving average of another method's weights, which makes stochastic multi-objective steps converge.
 
     Args:
@@ -38,13 +38,13 @@ class CRMOGM(StatefulMethod):
         self.method = method
         self.alpha = check_number("alpha", alpha, most=1.0)
 
-    @property
-    def is_fused(self) -> bool:
-        """False: the rule's answer is not the end of it."""
-        return False
-
     def weights(self, gramian: Tensor) -> Tensor:
-        """The smoothed coefficients c, (m,) float64, for a Gramian (m, m)."""
+        """The smoothed coefficients c, (m,) float64, for a Gramian (m, m).
+
+        Raises:
+            ValueError: the Gramian is not square, or of another number of losses than before; what the smoothed method
+                raises.
+        """
         check_gramian(gramian)
         m = len(gramian)
         kept = self._kept(m, m, gramian.device)
@@ -60,19 +60,19 @@ class CRMOGM(StatefulMethod):
     def state_dict(self) -> dict[str, object]:
         """The smoothed weights, and the state of the smoothed method where it has one."""
         own = super().state_dict()
-        return {**own, "method": self.method.state_dict() if isinstance(self.method, StatefulMethod) else None}
+        return {**own, "method": self.method.state_dict() if isinstance(self.method, Stateful) else None}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """As every method's."""
         super().load_state_dict(state_dict)
         inner = state_dict["method"]
-        if isinstance(self.method, StatefulMethod) and isinstance(inner, dict):
+        if isinstance(self.method, Stateful) and isinstance(inner, dict):
             self.method.load_state_dict(inner)
 
     def reset(self) -> None:
         """As every method's; the smoothed method is reset, too."""
         super().reset()
-        if isinstance(self.method, StatefulMethod):
+        if isinstance(self.method, Stateful):
             self.method.reset()
 
     def __repr__(self) -> str:

@@ -26,7 +26,7 @@ from fastconfig.methods.solvers import least_norm_point
 @reference_of("mgda")
 def _mgda(problem: Problem, parameters: Sequence[float], operand: Vector | None) -> Vector:
     del parameters, operand
-    weights, is_apart = least_norm_point(problem)
+    weights, is_apart = least_norm_point(problem.unit, problem.norms)
     return weights if is_apart else np.zeros(problem.k)
 
 

@@ -8,7 +8,7 @@ rounding. |Σ a_i g_i|² = Σ w.
 Source: Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022 (arXiv 2202.01017), eq. 2 and algorithm 1; the
 paper's own code approximates the solution by a sequence of convex programs.
 
-Degenerate cases: opposed gradients (a cosine of the update with a gradient under 1e-6) have no solution: zero.
+Degenerate cases: opposed gradients (a pair: at a cosine under 1e-6 to the update) have no solution: zero.
 Duplicates share what one of them would have. A zero gradient, for which 0 = 1/a, takes no part.
 """
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fastconfig.backends.problem import NOTHING, Matrix, Problem, Vector
-
-COSINE = NOTHING**0.5
-"""With a smaller cosine between the combination and a gradient the losses are opposed."""
+from fastconfig.backends.problem import NOTHING, Matrix, Vector
 
 
 def nonnegative(a: Matrix, f: Vector) -> Vector:
-    """The x = argmin ½xᵀAx - fᵀx over x ≥ 0, A positive semi-definite of diagonal near 1, f in its range.
+    """The x = argmin ½xᵀAx - fᵀx over x ≥ 0, A positive semi-definite of diagonal near 1, the objective bounded.
 
     The active set of Lawson & Hanson (Solving Least Squares Problems, 1974, ch. 23): a row enters where the objective
     falls along it, and leaves where the way to the minimum over the rows that have entered meets its bound. A row that
-    depends on those that have entered has, as f lies in the range, nothing to add.
+    depends on those that have entered takes the place of one of them: along Az = 0 the objective falls in a line until
+    a bound is met.
     """
     size = len(a)
     rounding = 4 * size * np.finfo(np.float64).eps
@@ -31,11 +29,26 @@ def nonnegative(a: Matrix, f: Vector) -> Vector:
         if surplus[entering] <= 0.0:
             break
         free[entering] = True
-        wanted = _minimum(a, f, free) if _is_regular(a[np.ix_(free, free)], rounding) else x
-        if wanted[entering] <= 0.0:
+        if not _is_regular(a[np.ix_(free, free)], rounding):
             free[entering] = False
-            dependent[entering] = True
-            continue
+            along = _minimum(a, a[entering], free)  # -z
+            ways = np.where(along > 0.0, x / np.where(along > 0.0, along, 1.0), np.inf)
+            is_rounding = surplus[entering] <= 1e-10 * (np.abs(f) + np.abs(a) @ x)[entering]
+            if is_rounding or not np.isfinite(ways.min()):
+                dependent[entering] = True
+                continue
+            leaving = int(ways.argmin())
+            x = np.maximum(x - ways[leaving] * along, 0.0)
+            x[leaving], x[entering] = 0.0, ways[leaving]
+            free[leaving], free[entering] = False, True
+            dependent[:] = False
+            wanted = _minimum(a, f, free)
+        else:
+            wanted = _minimum(a, f, free)
+            if wanted[entering] <= 0.0:  # only rounding said that it should enter
+                free[entering] = False
+                dependent[entering] = True
+                continue
         while (wanted[free] <= 0.0).any():
             bound = free & (wanted <= 0.0)
             steps = x[bound] / (x[bound] - wanted[bound])
@@ -64,21 +77,24 @@ def _is_regular(block: Matrix, rounding: float) -> bool:
         return False
 
 
-def least_norm_point(problem: Problem) -> tuple[Vector, bool]:
+def least_norm_point(unit: Matrix, norms: Vector) -> tuple[Vector, bool]:
     """The w = argmin wᵀKw over Σ w = 1, w ≥ 0, and whether that point of the hull is another than the origin.
 
     As a program over x ≥ 0 alone: minimise ½τ²·wᵀKw + σ/2·(τ - 1)² over w on the simplex and τ > 0. For every σ > 0 the
     best w is the same, and with y = τ·w·|g| the objective is ½yᵀ(C + ηηᵀ)y - √σ·ηᵀy, η = √σ/|g|. σ is the smallest
     squared norm, so that no η passes 1.
     """
-    eta = problem.norms.min() / problem.norms
-    y = nonnegative(problem.unit + np.outer(eta, eta), eta)
-    w = y / problem.norms
-    return w / w.sum(), bool(y @ problem.unit @ y > NOTHING * (y @ y))
+    eta = norms.min() / norms
+    y = nonnegative(unit + np.outer(eta, eta), eta)
+    w = y / norms
+    return w / w.sum(), bool(y @ unit @ y > NOTHING * (y @ y))
 
 
 def bargain(unit: Matrix, q: Vector, beta: float) -> Vector | None:
     """The x > 0 with C x = q·x^(-β), by a damped Newton method; None where there is none, as the rows are opposed.
+
+    An entry of C x that is no more than rounding of its terms may say so, or come of norms that differ too much for
+    float64; whether the hull of the unit rows holds the origin decides.
 
     The equation says that ½xᵀCx - Σ q ∫x^(-β) dx, which is convex, is least. A step is halved until x stays positive
     and the slope along it turns uphill by no more than half of what it was downhill.
@@ -105,6 +121,5 @@ def bargain(unit: Matrix, q: Vector, beta: float) -> Vector | None:
             length *= 0.5
         x = moved
     along = unit @ best
-    if least >= 1e-10 or (along <= COSINE * np.sqrt(best @ along)).any():
-        return None
-    return best
+    is_met = least < 1e-10 and (along > NOTHING * (np.abs(unit) @ best)).all()
+    return best if is_met or least_norm_point(unit, np.ones(len(q)))[1] else None

@@ -13,6 +13,7 @@ import fastconfig as fc
 from fastconfig.demos import burgers
 from fastconfig.demos.burgers_exact import VISCOSITY, exact_solution
 from fastconfig.demos.burgers_problem import BurgersNetwork, ExactGrid, Jet, Problem
+from fastconfig.methods.catalogue import CATALOGUE
 
 CPU = torch.device("cpu")
 
@@ -21,6 +22,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def trainer(kind, steps, seed=0):
     return kind(seed, CPU, burgers.Budget(None, steps))
+
+
+def trio(steps, seed=0, method="config"):
+    return burgers.trainers(seed, CPU, burgers.Budget(None, steps), method)
 
 
 def weights(trained):
@@ -146,7 +151,7 @@ def test_budget_ends_with_whichever_limit_comes_first():
 
 def test_training_is_reproducible_and_starts_from_the_same_weights():
     def run(seed):
-        trainers = [trainer(kind, steps=9, seed=seed) for kind in burgers.TRAINERS]
+        trainers = trio(steps=9, seed=seed)
         starts = [weights(t) for t in trainers]
         burgers.train(trainers, ExactGrid(CPU), never, lambda: None)
         return starts, [weights(t) for t in trainers], trainers
@@ -166,7 +171,7 @@ def test_training_is_reproducible_and_starts_from_the_same_weights():
 
 
 def test_training_lowers_the_error_of_every_method():
-    trainers = [trainer(kind, steps=80) for kind in burgers.TRAINERS]
+    trainers = trio(steps=80)
     burgers.train(trainers, ExactGrid(CPU), never, lambda: None)
     for trained in trainers:
         errors = trained.history.errors
@@ -179,7 +184,7 @@ def test_training_lowers_the_error_of_every_method():
 
 
 def test_a_config_step_is_adam_on_the_combined_gradient():
-    trained = trainer(burgers.ConFIGTrainer, steps=2)
+    trained = trainer(burgers.MethodTrainer, steps=2)
     by_hand = BurgersNetwork(0)
     parameters = list(by_hand.parameters())
     problem = Problem(0, CPU)
@@ -211,7 +216,7 @@ def test_m_config_moves_once_every_loss_has_had_its_turn():
 
 def test_training_stops_when_asked_and_restores_the_threads():
     torch.set_num_threads(2)
-    trainers = [trainer(kind, steps=10**6) for kind in burgers.TRAINERS]
+    trainers = trio(steps=10**6)
     asked = iter([False] * 5)
     burgers.train(trainers, ExactGrid(CPU), lambda: next(asked, True), lambda: None)
     assert [trained.steps for trained in trainers] == [5, 0, 0]
@@ -223,7 +228,7 @@ def test_picture_of_what_there_is(tmp_path):
     """A network that diverged, one in the middle of its work, one that has not begun."""
     figure = pytest.importorskip("fastconfig.demos.burgers_figure")
     grid = ExactGrid(CPU)
-    trainers = [trainer(kind, steps=21) for kind in burgers.TRAINERS]
+    trainers = trio(steps=21)
     for trained in trainers[:2]:
         trained.evaluate(grid)
         trained.train_until(0.5, never)
@@ -248,6 +253,17 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure.Figure, "savefig", half_written)
     with pytest.raises(OSError, match="disk full"):
-        figure.save_figure([trainer(kind, steps=1) for kind in burgers.TRAINERS], ExactGrid(CPU), path)
+        figure.save_figure(trio(steps=1), ExactGrid(CPU), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("method", sorted(CATALOGUE))
+def test_every_method_trains(method):
+    trained = trio(steps=4, method=method)[1]
+    before = weights(trained)
+    trained.train_until(1.0, never)
+    assert trained.steps == 4
+    assert torch.isfinite(weights(trained)).all()
+    assert not torch.equal(weights(trained), before)
+    assert trained.name.lower() == method

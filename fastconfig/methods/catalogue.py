@@ -1,0 +1,74 @@
+"""All methods by name, for the command line, the demos and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastconfig.methods.aligned_mtl import AlignedMTL
+from fastconfig.methods.base import Method
+from fastconfig.methods.cagrad import CAGrad
+from fastconfig.methods.config import ConFIG
+from fastconfig.methods.constant import Constant, Mean, Sum
+from fastconfig.methods.crmogm import CRMOGM
+from fastconfig.methods.dualproj import DualProj
+from fastconfig.methods.fairgrad import FairGrad
+from fastconfig.methods.gradvac import GradVac
+from fastconfig.methods.imtlg import IMTLG
+from fastconfig.methods.inverse_norm import InverseNorm
+from fastconfig.methods.mgda import MGDA
+from fastconfig.methods.nash_mtl import NashMTL
+from fastconfig.methods.pcgrad import PCGrad
+from fastconfig.methods.priority import Priority
+from fastconfig.methods.random_weights import RandomWeights
+from fastconfig.methods.sdmgrad import SDMGrad
+from fastconfig.methods.upgrad import UPGrad
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of the catalogue.
+
+    Attributes:
+        title: its class, which carries its source.
+        rule: what it does, in a line.
+        make: for m losses, with its defaults.
+    """
+
+    title: type[ConFIG | Method]
+    rule: str
+    make: Callable[[int], Method]
+
+    @property
+    def source(self) -> str:
+        """Where it was published."""
+        return str(self.title.source)  # type: ignore[union-attr]
+
+
+def _entries() -> dict[str, Entry]:
+    entries = [
+        Entry(ConFIG, "the same positive cosine with every gradient", lambda m: ConFIG()),
+        Entry(Sum, "c = 1", lambda m: Sum()),
+        Entry(Mean, "c = 1/m", lambda m: Mean()),
+        Entry(Constant, "c = w, given", lambda m: Constant([1.0] * m)),
+        Entry(RandomWeights, "c = softmax of normal numbers, anew each step", lambda m: RandomWeights()),
+        Entry(InverseNorm, "c ∝ |g|^(-power)", lambda m: InverseNorm()),
+        Entry(PCGrad, "conflicting components projected away, pair by pair", lambda m: PCGrad()),
+        Entry(Priority, "projected from those of higher priority alone", lambda m: Priority()),
+        Entry(GradVac, "pairs brought up to a moving average of their cosine", lambda m: GradVac()),
+        Entry(MGDA, "least-norm point of the convex hull", lambda m: MGDA()),
+        Entry(CAGrad, "best worst product within a ball about the mean", lambda m: CAGrad()),
+        Entry(SDMGrad, "MGDA drawn to the mean, followed in steps", lambda m: SDMGrad()),
+        Entry(DualProj, "the mean, projected on the dual cone", lambda m: DualProj()),
+        Entry(UPGrad, "each projected on the dual cone, then averaged", lambda m: UPGrad()),
+        Entry(IMTLG, "equal projections, Σc = 1", lambda m: IMTLG()),
+        Entry(NashMTL, "bargaining solution K a = 1/a", lambda m: NashMTL()),
+        Entry(FairGrad, "α-fairness: K a = a^(-1/α)", lambda m: FairGrad()),
+        Entry(AlignedMTL, "orthogonalised along the Gramian's eigenvectors", lambda m: AlignedMTL()),
+        Entry(CRMOGM, "another method's weights, smoothed", lambda m: CRMOGM(MGDA())),
+    ]
+    return {entry.title.__name__.lower(): entry for entry in entries}
+
+
+CATALOGUE: dict[str, Entry] = _entries()
+"""The methods by the lower-case names of their classes."""

@@ -1,0 +1,116 @@
+"""Methods for torchjd: its ``Weighting`` of Gramians, as its autogram engine makes, its ``Aggregator`` of Jacobians.
+
+With autogram the Jacobian is never built, and ConFIG, which torchjd itself has only on the Jacobian, works there, too.
+Needs torchjd (``pip install 'fastconfig[torchjd]'``), which is imported at the first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastconfig.api import combine
+from fastconfig.methods import DEFAULT_METHOD, Method, Stateful
+
+if TYPE_CHECKING:
+    from torchjd.aggregation import GramianWeightedAggregator, Weighting
+
+__all__ = ["aggregator", "weighting"]
+
+
+def weighting(method: Method | None = None) -> Weighting[Tensor]:
+    """A method as torchjd's ``Weighting`` of a Gramian.
+
+    Args:
+        method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
+
+    Returns:
+        A ``torchjd.aggregation.Weighting`` (an ``nn.Module``): called with an (m, m) Gramian of any float dtype it
+        returns (m,) weights of that dtype. A method's state is part of its ``state_dict``.
+
+    Raises:
+        ImportError: torchjd is not installed.
+        TypeError: method has no ``weights``.
+
+    Example:
+        >>> import torch, fastconfig as fc
+        >>> fc.torchjd.weighting(fc.MGDA())(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
+        tensor([0.6000, 0.4000])
+    """
+    return _classes()[0](_checked(method))
+
+
+def aggregator(method: Method | None = None) -> GramianWeightedAggregator:
+    """A method as torchjd's ``Aggregator`` of a Jacobian: ``fc.combine`` on an (m, n) matrix.
+
+    Args:
+        method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
+
+    Returns:
+        A ``torchjd.aggregation.GramianWeightedAggregator`` (an ``nn.Module``), so that ``torchjd.autojac`` may
+        accumulate the Gramian instead of the whole Jacobian. Not differentiable.
+
+    Raises:
+        ImportError: torchjd is not installed.
+        TypeError: method has no ``weights``.
+
+    Example:
+        >>> import torch, fastconfig as fc
+        >>> fc.torchjd.aggregator(fc.MGDA())(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+        tensor([0., 1., 1.])
+    """
+    return _classes()[1](_checked(method))
+
+
+def _checked(method: Method | None) -> Method:
+    method = DEFAULT_METHOD if method is None else method
+    if isinstance(method, type) or not callable(getattr(method, "weights", None)):
+        raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
+    return method
+
+
+@lru_cache(maxsize=1)
+def _classes() -> tuple[Callable[[Method], Weighting[Tensor]], Callable[[Method], GramianWeightedAggregator]]:
+    """The two classes, made when torchjd is first needed: their bases are torchjd's."""
+    try:
+        from torchjd.aggregation import GramianWeightedAggregator, Weighting
+    except ImportError as error:
+        raise ImportError("fastconfig.torchjd needs torchjd: pip install 'fastconfig[torchjd]'") from error
+
+    class MethodWeighting(Weighting[Tensor]):
+        """A method of fastconfig on torchjd's Gramians."""
+
+        def __init__(self, method: Method) -> None:
+            super().__init__()
+            self.method = method
+
+        def forward(self, gramian: Tensor, /) -> Tensor:
+            return self.method.weights(gramian.detach().double()).to(gramian.dtype)
+
+        def get_extra_state(self) -> dict[str, object]:
+            return self.method.state_dict() if isinstance(self.method, Stateful) else {}
+
+        def set_extra_state(self, state: dict[str, object]) -> None:
+            if isinstance(self.method, Stateful):
+                self.method.load_state_dict(state)
+
+        def __repr__(self) -> str:
+            return f"weighting({self.method!r})"
+
+    class MethodAggregator(GramianWeightedAggregator):
+        """A method of fastconfig on torchjd's Jacobians."""
+
+        def __init__(self, method: Method) -> None:
+            super().__init__(MethodWeighting(method))
+            self.method = method
+
+        def forward(self, matrix: Tensor, /) -> Tensor:
+            return combine(matrix.detach(), self.method)
+
+        def __repr__(self) -> str:
+            return f"aggregator({self.method!r})"
+
+    return MethodWeighting, MethodAggregator

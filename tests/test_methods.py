@@ -1,0 +1,625 @@
+"""The methods: published values, optimality of every solver, independent oracles, the properties that papers prove."""
+
+from __future__ import annotations
+
+import math
+
+import cvxpy
+import numpy as np
+import pytest
+import torch
+import torchjd.aggregation as jd
+import torchjd.linalg
+from conflictfree import grad_operator as conflictfree
+from gramians import KINDS, rows_of, terms_of
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+
+import fastconfig as fc
+from fastconfig.backends import cpu, reference
+from fastconfig.methods import GramianMethod, Stateful
+from fastconfig.methods.catalogue import CATALOGUE
+
+pytestmark = pytest.mark.usefixtures("one_thread", "lstsq_by_svd")
+
+LOSSES = (1, 2, 3, 5, 8, 17, 40, 64)
+PUBLISHED = {  # of torchjd, for the rows below; UPGrad and DualProj with its regularisation of 1e-4, so to 8e-4
+    "upgrad": (0.2929, 1.9004, 1.9004),
+    "cagrad": (0.1835, 1.2041, 1.2041),
+    "pcgrad": (0.5848, 3.8012, 3.8012),
+    "imtlg": (0.0767, 1.0, 1.0),
+    "mgda": (0.0, 1.0, 1.0),
+    "alignedmtl": (0.2133, 0.9673, 0.9673),
+    "nashmtl": (0.0542, 0.7061, 0.7061),
+    "dualproj": (0.5563, 1.1109, 1.1109),
+    "config": (0.1588, 2.0706, 2.0706),
+}
+TWO = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+
+
+def variants(m: int) -> list[GramianMethod]:
+    """Every rule on every branch of its numbers."""
+    preferences = [1.0 + i % 3 for i in range(m)]
+    some = [float(i % 3) for i in range(1, m + 1)]
+    return [
+        fc.Sum(),
+        fc.Mean(),
+        fc.Constant(preferences),
+        fc.InverseNorm(),
+        fc.InverseNorm(-1.5, weights=some),
+        fc.PCGrad(order="fixed"),
+        fc.PCGrad(weights=some),
+        fc.Priority(),
+        fc.Priority(order=list(range(m))[::-1], weights=preferences),
+        fc.MGDA(),
+        fc.CAGrad(),
+        fc.CAGrad(3.0, rescale=1, weights=preferences),
+        fc.CAGrad(0.1, rescale=2, weights=some),
+        fc.IMTLG(),
+        fc.NashMTL(),
+        fc.NashMTL(max_norm=None, weights=some),
+        fc.FairGrad(),
+        fc.FairGrad(2.0, weights=preferences),
+        fc.FairGrad(0.5, weights=some),
+        fc.AlignedMTL(),
+        fc.AlignedMTL("median", weights=some),
+        fc.AlignedMTL("rmse"),
+        fc.DualProj(),
+        fc.DualProj(weights=some),
+        fc.UPGrad(),
+        fc.UPGrad(weights=some),
+        fc.GradVac(0.3),
+        fc.GradVac(1.0, weights=some),
+        fc.SDMGrad(),
+        fc.SDMGrad(0.0, lr=0.1, momentum=0.9, steps=7, weights=preferences),
+    ]
+
+
+def gramian_of(rows: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(rows @ rows.T)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(backend, name):
+    expected = torch.tensor(PUBLISHED[name])
+    tolerance = 8e-4 if name in ("upgrad", "dualproj") else 6e-5
+    method = CATALOGUE[name].make(2)
+    torch.testing.assert_close(fc.combine(TWO, method, backend=backend), expected, rtol=0.0, atol=tolerance)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", LOSSES)
+def test_the_core_computes_what_the_reference_says(m, kind):
+    rows = rows_of(kind, m)
+    gramian = gramian_of(rows)
+    # A solution moves by the condition of what it solves times rounding; two steps of state show what is remembered.
+    # With norms that differ by 1e12 the Gramian's small eigenvalues are known to 1e-4 of themselves.
+    tolerance = {"ill-conditioned": 3e-6, "scaled": 1e-7}.get(kind, 1e-8)
+    for method in variants(m):
+        allowed = 2e-3 if kind == "scaled" and isinstance(method, fc.AlignedMTL) else tolerance
+        for _ in range(2):
+            operand = method.operand(m, gramian.device)
+            beside = None if operand is None else operand.clone()
+            found = cpu.rule_weights(gramian, method.rule, operand).numpy()
+            wanted = reference.rule_weights(gramian, method.rule, beside).numpy()
+            error = np.linalg.norm((found - wanted) @ rows)
+            assert error <= allowed * np.linalg.norm(np.abs(wanted) * np.sqrt(np.diagonal(gramian))), method
+            assert not (found[np.diagonal(gramian) == 0]).any()
+            if operand is not None:
+                torch.testing.assert_close(operand, beside, rtol=0.0, atol=1e-7)
+
+
+def solved(method: GramianMethod, gramian: torch.Tensor, backend: str) -> np.ndarray:
+    return {"cpu": cpu, "reference": reference}[backend].rule_weights(gramian, method.rule, None).numpy()
+
+
+def active(rows: np.ndarray) -> np.ndarray:
+    """The unit rows of those that are not zero."""
+    norms = np.linalg.norm(rows, axis=1)
+    return rows[norms > 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", LOSSES)
+def test_mgda_satisfies_the_optimality_conditions(backend, m, kind):
+    rows = active(rows_of(kind, m))
+    gramian = rows @ rows.T
+    w = solved(fc.MGDA(), torch.from_numpy(gramian), backend)
+    if not w.any():  # the hull holds the origin: a nonnegative combination with Σ = 1 vanishes
+        _, residual = nnls(np.vstack([rows.T / np.abs(rows).max(), np.ones(len(rows))]), np.eye(rows.shape[1] + 1)[-1])
+        assert residual <= 1e-6
+        return
+    assert w.min() >= 0.0
+    assert w.sum() == pytest.approx(1.0, abs=1e-14)
+    products, square = gramian @ w, w @ gramian @ w
+    scale = np.sqrt(np.diagonal(gramian)) * np.sqrt((w**2 * np.diagonal(gramian)).sum())
+    assert ((products - square) / scale).min() >= -1e-9
+    assert np.abs(w * (products - square)).max() <= 1e-9 * (w @ np.abs(gramian) @ w)
+
+
+def projection_residual(gramian: np.ndarray, start: np.ndarray, weights: np.ndarray) -> float:
+    """KKT of the nearest Gᵀc to Gᵀp with Gᵀc in the dual cone: c ≥ p, K c ≥ 0, (c - p)·K c = 0; relative to terms."""
+    norms = np.sqrt(np.diagonal(gramian))
+    length = max(np.linalg.norm(weights * norms), 1e-300)
+    products = gramian @ weights / norms / length
+    excess = (weights - start) * norms / length
+    return max(-products.min(), -excess.min(), np.abs(products * excess).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", LOSSES)
+def test_projections_satisfy_the_optimality_conditions(backend, m, kind):
+    rows = active(rows_of(kind, m))
+    gramian = rows @ rows.T
+    k = len(rows)
+    mean = np.full(k, 1.0 / k)
+    weights = solved(fc.DualProj(), torch.from_numpy(gramian), backend)
+    assert projection_residual(gramian, mean, weights) <= 1e-9
+    total = np.zeros(k)
+    for i in range(k):
+        alone = np.eye(k)[i]
+        preferences = torch.from_numpy(alone)
+        weights = solved(fc.UPGrad(weights=preferences), torch.from_numpy(gramian), backend)
+        assert projection_residual(gramian, alone, weights) <= 1e-9
+        total += weights / k
+    found = solved(fc.UPGrad(), torch.from_numpy(gramian), backend)
+    assert np.linalg.norm((found - total) @ rows) <= 1e-9 * np.linalg.norm(np.abs(total) @ np.abs(rows))
+
+
+@pytest.mark.parametrize("c", [0.1, 0.5, 0.99, 2.0, 50.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [2, 3, 8, 40, 64])
+def test_cagrad_satisfies_the_optimality_conditions(backend, m, kind, c):
+    """d = g₀ + Gᵀv, v ≥ 0: every product is at least some t, it is t where v > 0, and |d - g₀| is the radius or t 0."""
+    rows = active(rows_of(kind, m))
+    gramian = rows @ rows.T
+    norms = np.sqrt(np.diagonal(gramian))
+    weights = solved(fc.CAGrad(c), torch.from_numpy(gramian), backend)
+    v = (weights - 1.0 / len(rows)) * norms
+    length = np.linalg.norm(weights * norms)
+    assert v.min() >= -1e-12 * length
+    bound = v > 1e-12 * length
+    products = gramian @ weights
+    t = products[bound][norms[bound].argmin()] if bound.any() else products.min()
+    slack = (products - t) / norms / length
+    assert slack.min() >= -1e-9
+    assert np.abs(slack * v).max() <= 1e-9 * length
+    distance, radius = np.linalg.norm(rows.T @ (v / norms)), c * np.linalg.norm(rows.mean(axis=0))
+    if abs(distance - radius) > 1e-9 * length:
+        assert distance < radius
+        assert abs(t) <= 1e-9 * norms.min() * length
+        assert not fc.MGDA().weights(torch.from_numpy(gramian)).any()
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", LOSSES)
+def test_bargaining_solves_its_equation(backend, m, kind, alpha):
+    rows = active(rows_of(kind, m))
+    if kind == "scaled" and alpha in (0.3, 10.0):  # else the solution's cosines are out of float64's reach
+        rows *= np.linalg.norm(rows, axis=1, keepdims=True) ** -0.5
+    gramian = rows @ rows.T
+    method = fc.NashMTL(max_norm=None) if alpha is None else fc.FairGrad(alpha)
+    a = solved(method, torch.from_numpy(gramian), backend)
+    if not a.any():  # opposed: some nonnegative combination, not zero, all but vanishes
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        _, residual = nnls(np.vstack([unit.T, np.ones(len(rows))]), np.eye(rows.shape[1] + 1)[-1])
+        assert residual <= 1e-4
+        return
+    assert a.min() > 0.0
+    wanted = a ** (-1.0 / (alpha or 1.0))
+    assert (np.abs(gramian @ a - wanted) / (terms_of(gramian, a) + wanted)).max() <= 1e-9
+
+
+def test_bargaining_beside_nearly_opposed_gradients():
+    for angle in (1e-1, 1e-3, 1e-5):
+        rows = np.array([[1.0, angle], [-1.0, angle]])
+        a = solved(fc.NashMTL(max_norm=None), gramian_of(rows), "cpu")
+        np.testing.assert_allclose(gramian_of(rows).numpy() @ a, 1.0 / a, rtol=1e-4)
+    assert not solved(fc.NashMTL(), gramian_of(np.array([[1.0, 1e-8], [-1.0, 1e-8]])), "cpu").any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("m", [2, 4, 7])
+def test_convex_programs_of_a_general_solver(backend, m, seed):
+    rows = np.random.default_rng([seed, m, 7]).standard_normal((m, m + 3)) + 0.2
+    grads = torch.from_numpy(rows)
+
+    direction = cvxpy.Variable(rows.shape[1])
+    mean = rows.mean(axis=0)
+    ball = cvxpy.norm(direction - mean) <= 0.5 * np.linalg.norm(mean)
+    cvxpy.Problem(cvxpy.Maximize(cvxpy.min(rows @ direction)), [ball]).solve(solver="CLARABEL")
+    found = fc.combine(grads, fc.CAGrad(), backend=backend).numpy()
+    np.testing.assert_allclose(found, direction.value, atol=2e-4 * np.abs(mean).max())
+
+    w = cvxpy.Variable(m)
+    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(rows.T @ w)), [w >= 0, cvxpy.sum(w) == 1])
+    problem.solve(solver="CLARABEL")
+    np.testing.assert_allclose(fc.combine(grads, fc.MGDA(), backend=backend), w.value @ rows, atol=1e-6)
+
+    a = cvxpy.Variable(m)
+    objective = 0.5 * cvxpy.sum_squares(rows.T @ a) - cvxpy.sum(cvxpy.log(a))
+    cvxpy.Problem(cvxpy.Minimize(objective)).solve(solver="CLARABEL")
+    np.testing.assert_allclose(fc.combine(grads, fc.NashMTL(max_norm=None), backend=backend), a.value @ rows, atol=2e-4)
+
+    for i in range(m):
+        # The nearest point of the dual cone, by the non-negative least squares of scipy.
+        v, _ = nnls(rows.T, -rows[i], maxiter=1000)
+        alone = fc.combine(grads, fc.UPGrad(weights=np.eye(m)[i].tolist()), backend=backend)
+        np.testing.assert_allclose(alone, rows[i] + v @ rows, atol=1e-10)
+
+
+PEERS = {
+    "alignedmtl": lambda m: jd.AlignedMTL(),
+    "imtlg": lambda m: jd.IMTLG(),
+    "cagrad": lambda m: jd.CAGrad(0.5),
+    "dualproj": lambda m: jd.DualProj(projector=torchjd.linalg.QuadprogProjector(norm_eps=0.0, reg_eps=1e-12)),
+    "upgrad": lambda m: jd.UPGrad(projector=torchjd.linalg.QuadprogProjector(norm_eps=0.0, reg_eps=1e-12)),
+    "mgda": lambda m: jd.MGDA(epsilon=1e-7, max_iters=3000),
+    "sum": lambda m: jd.Sum(),
+    "mean": lambda m: jd.Mean(),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("m", [2, 3, 6])
+def test_torchjd(backend, m, name):
+    rows = torch.from_numpy(rows_of("crossed", m))
+    theirs = PEERS[name](m)(rows)
+    tolerance = {"mgda": 1e-3, "cagrad": 1e-4}.get(name, 1e-6)
+    ours = fc.combine(rows, CATALOGUE[name].make(m), backend=backend)
+    assert (ours - theirs).norm() <= tolerance * rows.norm()
+
+
+@pytest.mark.parametrize("m", [2, 3, 6])
+def test_orders_of_torchjd(backend, monkeypatch, m):
+    """Both draw orders; with torchjd's made the fixed one, the same projections must result."""
+    rows = torch.from_numpy(rows_of("crossed", m))
+    monkeypatch.setattr(torch, "randperm", lambda count: torch.arange(count))
+    ours = fc.combine(rows, fc.PCGrad(order="fixed"), backend=backend)
+    torch.testing.assert_close(ours, jd.PCGrad()(rows), rtol=1e-10, atol=1e-12)
+    vaccine, theirs = fc.GradVac(0.5), jd.GradVac(0.5, eps=0.0)
+    keys = torch.arange(m, dtype=torch.float64).expand(m, m)
+    state = torch.zeros(2, m, m, dtype=torch.float64)
+    state[1] = keys
+    for step in range(4):
+        gramian = gramian_of(rows_of("crossed", m, seed=step))
+        module = {"cpu": cpu, "reference": reference}[backend]
+        weights = module.rule_weights(gramian, vaccine.rule, state)
+        torch.testing.assert_close(weights, theirs.gramian_weighting(gramian), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_conflictfree(backend, m):
+    rows = torch.from_numpy(rows_of("crossed", m)).float()
+    for method, operator in ((fc.PCGrad(order="fixed"), "PCGradOperator"), (fc.IMTLG(), "IMTLGOperator")):
+        theirs = getattr(conflictfree, operator)().calculate_gradient(rows)
+        assert (fc.combine(rows, method, backend=backend) - theirs).norm() <= 1e-5 * rows.norm()
+
+
+def random_rows(draw: st.DrawFn, least: int = 1) -> np.ndarray:
+    m = draw(st.integers(least, 6))
+    kind = draw(st.sampled_from(["plain", "leaning", "crossed", "flat", "duplicated"]))
+    return rows_of(kind, m, seed=draw(st.integers(0, 10_000)))
+
+
+gradients = st.composite(random_rows)
+
+
+@given(gradients())
+def test_no_loss_is_gone_against(rows):
+    grads, norms = torch.from_numpy(rows), np.linalg.norm(rows, axis=1)
+    for method in (fc.UPGrad(), fc.DualProj(), fc.MGDA(), fc.NashMTL(), fc.FairGrad(2.0)):
+        update = fc.combine(grads, method).numpy()
+        length = np.linalg.norm(fc.gramian(grads).numpy().diagonal() ** 0.5)
+        assert (rows @ update / norms).min() >= -1e-9 * max(length, np.linalg.norm(update)), method
+
+
+@given(gradients(), st.randoms(use_true_random=False))
+def test_the_order_of_the_losses_does_not_matter(rows, random):
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    grads = torch.from_numpy(rows)
+    for method in variants(len(rows)):
+        if method.rule.preferences is None and not isinstance(method, (fc.PCGrad, fc.Priority, Stateful)):
+            ours, other = fc.combine(grads, method), fc.combine(grads[order], method)
+            assert (ours - other).norm() <= 1e-7 * (grads.norm() + ours.norm()), method
+
+
+@given(gradients(), st.lists(st.floats(1e-3, 1e3), min_size=6, max_size=6))
+def test_upgrad_is_linear_under_scaling(rows, scales):
+    scaling = np.array(scales[: len(rows)])[:, None]
+    ours, twice = (
+        fc.combine(torch.from_numpy(factor * scaling * rows + rows), fc.UPGrad()).numpy() for factor in (1.0, 2.0)
+    )
+    thrice = fc.combine(torch.from_numpy(3.0 * scaling * rows + rows), fc.UPGrad()).numpy()
+    np.testing.assert_allclose(thrice - twice, twice - ours, atol=1e-9 * np.abs(scaling * rows).sum())
+
+
+@given(gradients(least=2))
+def test_strongly_stationary_points_stay(rows):
+    """Where the gradients add up to zero in all ways that matter, there is nothing to gain."""
+    grads = torch.from_numpy(np.vstack([rows, -rows.sum(axis=0)]))
+    for name in ("sum", "mean", "mgda", "nashmtl", "fairgrad", "upgrad", "dualproj", "cagrad"):
+        assert fc.combine(grads, CATALOGUE[name].make(len(grads))).norm() <= 1e-9 * grads.norm(), name
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_single_loss(backend, name):
+    grads = torch.tensor([[3.0, -4.0, 12.0]], dtype=torch.float64)
+    update = fc.combine(grads, CATALOGUE[name].make(1), backend=backend)
+    wanted = grads[0] / (13.0 if name in ("nashmtl", "fairgrad") else 1.0)
+    torch.testing.assert_close(update, 1.5 * wanted if name == "cagrad" else wanted)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_degenerate_gradients(backend, name):
+    torch.manual_seed(0)
+    row = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    other = torch.tensor([0.5, 1.0, 2.0, -1.0])
+    zero, bad = torch.zeros(4), torch.tensor([1.0, math.nan, 0.0, math.inf])
+    method = CATALOGUE[name].make
+
+    def combined(*rows):
+        return fc.combine(list(rows), method(len(rows)), backend=backend)
+
+    assert not combined(zero, zero, zero).any()
+    assert torch.isfinite(combined(row, row, other)).all()
+    assert torch.isfinite(combined(row, 2 * row, 3 * row)).all()
+    assert torch.isfinite(combined(row, zero, other)).all()
+    assert torch.isfinite(combined(1e-20 * row, 1e10 * other, row)).all()
+    assert combined(row, bad, other).isnan().all()
+    opposed = combined(row, -row)
+    assert torch.isfinite(opposed).all()
+    # Those of random weights, the protected first, and what inverse norms leave is but rounding.
+    if name not in ("randomweights", "priority", "inversenorm"):
+        assert not opposed.any()
+    assert torch.isfinite(combined(row, -3 * row, zero)).all()
+    assert torch.isfinite(combined(row, -row, other)).all()
+
+
+@pytest.mark.parametrize("make", [fc.MGDA, fc.PCGrad, fc.NashMTL, fc.UPGrad, fc.GradVac, fc.SDMGrad, fc.Sum])
+def test_non_finite_rows_are_dropped_or_raise(backend, make):
+    rows = torch.tensor([[1.0, 2.0, 3.0], [math.inf, 0.0, 1.0], [2.0, -1.0, 1.0]])
+    dropped = fc.combine(rows, make(nonfinite="drop"), backend=backend)
+    torch.testing.assert_close(dropped, fc.combine(rows[[0, 2]], make(), backend=backend))
+    with pytest.raises(FloatingPointError, match=r"loss 1.*nonfinite='drop'"):
+        fc.combine(rows, make(nonfinite="raise"), backend=backend)
+
+
+def test_what_is_not_finite_changes_no_state(backend):
+    rows = torch.tensor([[1.0, 2.0, 3.0], [math.nan, 0.0, 1.0], [2.0, -1.0, 1.0]])
+    for method in (fc.GradVac(0.5), fc.SDMGrad(), fc.CRMOGM(fc.MGDA())):
+        fc.combine(torch.eye(3) - 0.4, method, backend=backend)
+        before = method.state_dict()["state"]
+        assert fc.combine(rows, method, backend=backend).isnan().all()
+        state = method.state_dict()["state"]
+        assert torch.equal(state[0], before[0])  # GradVac's second half is a draw
+
+
+def test_cagrad_between_the_mean_and_mgda(backend):
+    rows = torch.from_numpy(rows_of("leaning", 5))
+    assert torch.equal(fc.combine(rows, fc.CAGrad(0.0), backend=backend), fc.combine(rows, fc.Mean(), backend=backend))
+    far = fc.combine(rows, fc.CAGrad(1e6), backend=backend)
+    mgda = fc.combine(rows, fc.MGDA(), backend=backend)
+    assert torch.nn.functional.cosine_similarity(far, mgda, dim=0) > 1 - 1e-9
+    plain = fc.combine(rows, fc.CAGrad(0.4), backend=backend)
+    for rescale, divisor in ((1, 1.16), (2, 1.4)):
+        torch.testing.assert_close(fc.combine(rows, fc.CAGrad(0.4, rescale=rescale), backend=backend), plain / divisor)
+
+
+def test_cagrad_of_a_subset_is_the_papers_program(backend):
+    rows = torch.from_numpy(rows_of("crossed", 6))
+    parameter = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    method = fc.CAGrad(0.5, fast=3, generator=torch.Generator().manual_seed(1))
+    calls = []
+
+    def loss(i):
+        calls.append(i)
+        return rows[i] @ parameter
+
+    losses = [lambda i=i: loss(i) for i in range(6)]
+    buf = fc.GradientBuffer([parameter], num_losses=6)
+    buf.rows.fill_(1e6)  # what other steps left in the rows must not matter
+    chosen = method.reduced(losses)
+    assert len(chosen) == 3
+    for row, closure in chosen:
+        with buf.record(row):
+            closure().backward()
+    assert sorted(calls) == list(range(6))
+    info = buf.combine(method)
+    singles = [row for row, _ in chosen[:-1]]
+    others = [i for i in range(6) if i not in singles]
+    # max min(⟨(K g₀ - Σ_S g_i)/(K - |S|), d⟩, min_S ⟨g_i, d⟩) over |d - g₀| ≤ c|g₀|
+    subset = torch.stack([*rows[singles], rows[others].mean(dim=0)]).numpy()
+    mean = rows.mean(dim=0).numpy()
+    direction = cvxpy.Variable(rows.shape[1])
+    ball = cvxpy.norm(direction - mean) <= 0.5 * np.linalg.norm(mean)
+    cvxpy.Problem(cvxpy.Maximize(cvxpy.min(subset @ direction)), [ball]).solve(solver="CLARABEL")
+    np.testing.assert_allclose(buf.grad, direction.value, atol=1e-4)
+    assert {int(i) for i in info.weights.nonzero()} == {row for row, _ in chosen}
+
+
+def test_priority_protects_the_first(backend):
+    rows = torch.from_numpy(rows_of("crossed", 6))
+    for order in (None, [3, 1, 0, 5, 4, 2]):
+        first = rows[0 if order is None else 3]
+        update = fc.combine(rows, fc.Priority(order), backend=backend)
+        assert update @ first >= first @ first * (1 - 1e-12)
+    two = fc.combine(rows[:2], fc.Priority(), backend=backend)
+    along = torch.clamp(rows[1] @ rows[0] / (rows[0] @ rows[0]), max=0.0)
+    torch.testing.assert_close(two, rows[0] + rows[1] - along * rows[0])
+
+
+def test_inverse_norms(backend):
+    rows = torch.from_numpy(rows_of("leaning", 4)) * torch.tensor([[1e-3], [1.0], [50.0], [1e4]]).double()
+    gramian = fc.gramian(rows, backend=backend)
+    norms = gramian.diagonal().sqrt()
+    weights = fc.InverseNorm().weights(gramian)
+    torch.testing.assert_close(weights * norms, (weights * norms)[0].expand(4))
+    assert weights.sum().item() == pytest.approx(4.0)
+    torch.testing.assert_close(fc.InverseNorm(power=0.0).weights(gramian), torch.ones(4, dtype=torch.float64))
+    assert torch.isfinite(fc.InverseNorm(power=300.0).weights(gramian)).all()
+
+
+def test_nash_mtl_in_between_solutions(backend):
+    method = fc.NashMTL(update_every=3)
+    rows = [torch.from_numpy(rows_of("leaning", 3, seed=i)) for i in range(4)]
+    first = fc.combine(rows[0], method, backend=backend)
+    torch.testing.assert_close(first, fc.combine(rows[0], fc.NashMTL(), backend=backend))
+    solution = fc.NashMTL(max_norm=None).weights(fc.gramian(rows[0]))
+    for between in rows[1:3]:
+        update = solution @ between
+        expected = update / max(1.0, update.norm())
+        torch.testing.assert_close(fc.combine(between, method, backend=backend), expected)
+    torch.testing.assert_close(
+        fc.combine(rows[3], method, backend=backend), fc.combine(rows[3], fc.NashMTL(), backend=backend)
+    )
+
+
+def test_crmogm_smooths(backend):
+    rows = [torch.from_numpy(rows_of("leaning", 3, seed=i)) for i in range(3)]
+    method = fc.CRMOGM(fc.MGDA(), alpha=0.75)
+    kept = None
+    for each in rows:
+        found = fc.MGDA().weights(fc.gramian(each))
+        kept = found if kept is None else 0.75 * kept + 0.25 * found
+        torch.testing.assert_close(fc.combine(each, method, backend=backend), kept @ each)
+
+
+DRAWING = {
+    "random weights": lambda generator: fc.RandomWeights(generator),
+    "pcgrad": lambda generator: fc.PCGrad(generator=generator),
+    "gradvac": lambda generator: fc.GradVac(0.5, generator),
+    "sdmgrad": lambda generator: fc.SDMGrad(),
+    "nash": lambda generator: fc.NashMTL(update_every=3),
+    "crmogm": lambda generator: fc.CRMOGM(fc.PCGrad(generator=generator)),
+    "cagrad": lambda generator: fc.CAGrad(fast=2, generator=generator),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_seeded_runs_repeat_and_state_survives_a_checkpoint(name):
+    steps = [torch.from_numpy(rows_of("crossed", 4, seed=i)) for i in range(8)]
+
+    def make():
+        return DRAWING[name](torch.Generator().manual_seed(5))
+
+    def run(method, rows):
+        answers = []
+        for each in rows:
+            if name == "cagrad":
+                method.reduced([each[i].sum() for i in range(4)])
+            answers.append(fc.combine(each, method))
+        return answers
+
+    whole = run(make(), steps)
+    again = make()
+    half = run(again, steps[:4])
+    resumed = make()
+    resumed.load_state_dict(torch.load(_saved(again.state_dict())))
+    for ours, wanted in zip([*half, *run(resumed, steps[4:])], whole, strict=True):
+        assert torch.equal(ours, wanted)
+    if name in ("random weights", "pcgrad", "gradvac"):
+        other = DRAWING[name](torch.Generator().manual_seed(6))
+        assert not all(torch.equal(a, b) for a, b in zip(run(other, steps), whole, strict=True))
+
+
+def _saved(state):
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_a_state_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=r"state_dict must have the keys .*'generator', 'state'"):
+        fc.GradVac().load_state_dict({"targets": None})
+    with pytest.raises(ValueError, match="saved with a generator"):
+        fc.GradVac().load_state_dict(fc.GradVac(generator=torch.Generator()).state_dict())
+    method = fc.SDMGrad()
+    fc.combine(torch.eye(3), method)
+    with pytest.raises(ValueError, match=r"remembers 3 losses and was asked for 2; call reset\(\)"):
+        fc.combine(torch.eye(2), method)
+    method.reset()
+    fc.combine(torch.eye(2), method)
+
+
+def test_random_orders_are_all_taken():
+    rows = torch.from_numpy(rows_of("crossed", 3))
+    generator = torch.Generator().manual_seed(0)
+    answers = {tuple(fc.combine(rows, fc.PCGrad(generator=generator)).tolist()) for _ in range(200)}
+    # Two orders for each of three gradients, where the order matters.
+    assert 2 <= len(answers) <= 8
+    weights = torch.stack([fc.RandomWeights(generator).weights(torch.eye(3)) for _ in range(2000)])
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(2000, dtype=torch.float64))
+    torch.testing.assert_close(weights.mean(dim=0), torch.full((3,), 1 / 3).double(), rtol=0.0, atol=0.02)
+    assert weights.min() > 0.0
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_in_a_buffer_and_in_mconfig(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    inputs = torch.randn(7, 4)
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    method = CATALOGUE[name].make(3)
+    buf.backward([lambda i=i: (model(inputs)[:, i] - i).square().mean() for i in range(3)])
+    info = buf.combine(method)
+    torch.testing.assert_close(buf.grad.double(), info.weights @ buf.rows.double(), rtol=1e-5, atol=1e-6)
+    if name not in ("randomweights", "pcgrad", "gradvac", "sdmgrad"):
+        torch.testing.assert_close(info.weights, CATALOGUE[name].make(3).weights(info.gramian))
+
+    optimizer = fc.optim.MConFIG(model.parameters(), lr=0.05, num_losses=3, method=CATALOGUE[name].make(3))
+    before = (model(inputs) - torch.arange(3.0)).square().mean().item()
+    for _ in range(60):
+        i = optimizer.next_loss()
+        with optimizer.record(i):
+            (model(inputs)[:, i] - i).square().mean().backward()
+        optimizer.step()
+    assert (model(inputs) - torch.arange(3.0)).square().mean().item() < before
+
+
+WRONG = [
+    (lambda: fc.Constant(None), ValueError, "weights must be a vector"),
+    (lambda: fc.Constant([0.0, 0.0]), ValueError, "must not all be zero"),
+    (lambda: fc.InverseNorm("one"), TypeError, "power must be a number, got 'one'"),
+    (lambda: fc.InverseNorm(math.nan), ValueError, "power must lie in"),
+    (lambda: fc.InverseNorm(weights=[1.0, -1.0]), ValueError, r"weights must not be negative, got \[1.0, -1.0\]"),
+    (lambda: fc.PCGrad(order="sorted"), ValueError, "order must be 'random' or 'fixed', got 'sorted'"),
+    (lambda: fc.PCGrad(generator=3), TypeError, "generator must be a torch.Generator, got 3"),
+    (lambda: fc.Priority([0, 2]), ValueError, r"order must name each .* once, got \[0, 2\]"),
+    (lambda: fc.CAGrad(-0.1), ValueError, r"c must lie in \[0, inf\), got -0.1"),
+    (lambda: fc.CAGrad(rescale=3), ValueError, "rescale must be 0"),
+    (lambda: fc.CAGrad(fast=1), ValueError, "fast must be at least 2, got 1"),
+    (lambda: fc.CAGrad(fast=2, weights=[1.0, 2.0]), ValueError, "weights cannot be combined with fast"),
+    (lambda: fc.CAGrad().reduced([torch.ones(1)]), ValueError, "reduced needs fast"),
+    (lambda: fc.NashMTL(max_norm=0.0), ValueError, r"max_norm must lie in \(0, inf\), got 0.0"),
+    (lambda: fc.NashMTL(update_every=0), ValueError, "update_every must be at least 1, got 0"),
+    (lambda: fc.FairGrad(0.0), ValueError, "alpha must lie in"),
+    (lambda: fc.AlignedMTL("max"), ValueError, "scale must be one of min, median, rmse, got 'max'"),
+    (lambda: fc.GradVac(1.5), ValueError, r"beta must lie in \[0, 1\], got 1.5"),
+    (lambda: fc.SDMGrad(momentum=1.0), ValueError, "momentum must lie in"),
+    (lambda: fc.SDMGrad(steps=1.5), TypeError, "steps must be an int, got 1.5"),
+    (lambda: fc.CRMOGM(fc.MGDA), TypeError, "method must have weights"),
+    (lambda: fc.MGDA(nonfinite="ignore"), ValueError, "nonfinite must be one of"),
+    (lambda: fc.combine(torch.eye(3), fc.UPGrad(weights=[1.0, 2.0])), ValueError, "weights has 2 entries for 3 losses"),
+    (lambda: fc.combine(torch.eye(3), fc.Priority([1, 0])), ValueError, "order has 2 entries for 3 losses"),
+    (lambda: fc.MGDA().weights(torch.ones(2, 3)), ValueError, r"gramian must have shape \(m, m\), got \(2, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_reprs_say_how_to_make_them_again():
+    for method in variants(3):
+        again = eval(repr(method), {name: getattr(fc, name) for name in fc.__all__})
+        assert again.rule == method.rule
