@@ -21,3 +21,8 @@ class Rows(NamedTuple):
     device: torch.device
     matrix: Tensor | None
     vectors: tuple[Tensor, ...]
+
+    def columns(self, first: int, last: int) -> Rows:
+        """Columns ``first`` to ``last`` - 1 of a matrix, where they lie."""
+        assert self.matrix is not None
+        return self._replace(n=last - first, matrix=self.matrix[:, first:last])

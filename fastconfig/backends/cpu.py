@@ -11,7 +11,7 @@ import torch  # first: it loads the OpenMP runtime that the core then shares
 from torch import Tensor
 
 from fastconfig.backends import reference
-from fastconfig.backends.rules import ConFIGRule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, NonFiniteError
 from fastconfig.rows import Rows
 
 try:
@@ -80,7 +80,7 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     weights = torch.empty(len(gramian), dtype=torch.float64, device=gramian.device)
     bad = _core.config_weights(gramian.data_ptr(), len(gramian), native_rule(rule, len(gramian)), weights.data_ptr())
     if bad != _core.FINITE:
-        raise FloatingPointError(nonfinite_message(bad))
+        raise NonFiniteError(bad)
     return weights
 
 
@@ -99,7 +99,7 @@ def config_combine(
         torch.get_num_threads(),
     )
     if bad != _core.FINITE:
-        raise FloatingPointError(nonfinite_message(bad))
+        raise NonFiniteError(bad)
 
 
 def _addresses(rows: Rows) -> tuple[int, int, int] | list[int]:

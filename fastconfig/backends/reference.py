@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastconfig.backends.rules import ConFIGRule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, NonFiniteError
 from fastconfig.rows import Rows
 
 CHUNK_ELEMENTS = 1 << 22
@@ -112,7 +112,7 @@ def raise_if_nonfinite(gramian: Tensor) -> None:
     """FloatingPointError if a gradient is not finite, which its squared norm tells. Waits for the device."""
     bad = (~torch.isfinite(gramian.diagonal())).nonzero().flatten().tolist()
     if bad:
-        raise FloatingPointError(nonfinite_message(bad[0]))
+        raise NonFiniteError(bad[0])
 
 
 def _unit_direction(gramian: Tensor, direction: Tensor, rule: ConFIGRule) -> tuple[Tensor, Tensor, Tensor]:
