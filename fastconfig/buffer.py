@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from itertools import count
 from typing import Literal, overload
 
 import torch
@@ -111,6 +110,11 @@ class GradientBuffer:
     def grad(self) -> Tensor:
         """(n,) the combined gradient, flat. ValueError where the buffer has several segments."""
         return self._only_segment("grad").grad
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the parameters have names, which ``gramian(by=...)`` asks for."""
+        return self._places is not None
 
     def zero(self) -> None:
         """Set every row to zero and forget which parameters the losses reached. ``p.grad`` is left as it is."""
@@ -272,15 +276,17 @@ class GradientBuffer:
             )
         parts = {place: _checked_part(part_of(name), name) for name, place in self._places.items()}
         runs: dict[str, list[tuple[int, int, int]]] = {part: [] for part in parts.values()}  # segment, first and last
-        place = count()
-        for s, segment in enumerate(self.segments):
-            for parameter, first in zip(segment.parameters, segment.starts, strict=True):
-                run = runs[parts[next(place)]]
-                last = first + landing.columns_of(parameter)
-                if run and run[-1][0] == s and run[-1][2] == first:
-                    run[-1] = s, run[-1][1], last
-                else:
-                    run.append((s, first, last))
+        spans = [
+            (s, first, first + landing.columns_of(parameter))
+            for s, segment in enumerate(self.segments)
+            for parameter, first in zip(segment.parameters, segment.starts, strict=True)
+        ]
+        for place, (s, first, last) in enumerate(spans):
+            run = runs[parts[place]]
+            if run and run[-1][0] == s and run[-1][2] == first:
+                run[-1] = s, run[-1][1], last
+            else:
+                run.append((s, first, last))
         return {
             part: [self.segments[s].description.columns(first, last) for s, first, last in run]
             for part, run in runs.items()
@@ -329,9 +335,7 @@ def _check_loss(loss: Tensor, given: str) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"{given} must return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
-        raise ValueError(
-            f"{given} must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()"
-        )
+        raise ValueError(f"{given} must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()")
     if not loss.requires_grad:
         raise ValueError(
             f"{given} does not require grad, so no gradient can come of it; compute it from the parameters, "

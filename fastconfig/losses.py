@@ -75,7 +75,9 @@ def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str):
             raise TypeError(f"num_losses[{i}] must be a str, the name of a loss, got {name!r}")
         if not name.strip():
-            raise ValueError(f"num_losses[{i}] must not be empty, got {name!r}; give every loss a name, or their number")
+            raise ValueError(
+                f"num_losses[{i}] must not be empty, got {name!r}; give every loss a name, or their number"
+            )
         if name in names[:i]:
             raise ValueError(f"num_losses must name each loss once, got {name!r} twice in {list(names)}")
     return tuple(names)

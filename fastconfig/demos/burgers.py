@@ -165,7 +165,7 @@ class ConFIGTrainer(Trainer):
 
     def __init__(self, seed: int, device: torch.device, budget: Budget) -> None:
         super().__init__(seed, device, budget)
-        self._buffer = GradientBuffer(self.network.parameters(), num_losses=len(LOSS_NAMES))
+        self._buffer = GradientBuffer(self.network, num_losses=LOSS_NAMES)
         self._method = ConFIG()
 
     def _step(self) -> None:
@@ -187,7 +187,7 @@ class MConFIGTrainer(Trainer):
     _optimizer: MConFIG
 
     def _make_optimizer(self) -> MConFIG:
-        return MConFIG(self.network.parameters(), lr=_PEAK_RATE, num_losses=len(LOSS_NAMES))
+        return MConFIG(self.network.parameters(), lr=_PEAK_RATE, num_losses=LOSS_NAMES)
 
     def _step(self) -> None:
         index = self._optimizer.next_loss()

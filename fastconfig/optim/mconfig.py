@@ -204,8 +204,8 @@ class MConFIG(torch.optim.Optimizer):
         call = f"record({self._losses.argument(loss)})"
         if loss in self._recorded:
             raise ValueError(
-                f"{self._losses.label(loss)} was already recorded for this step; call all its backward passes inside one record, or "
-                "step() in between"
+                f"{self._losses.label(loss)} was already recorded for this step; call all its backward passes inside "
+                "one record, or step() in between"
             )
         slot = len(self._recorded)
         if slot == self._losses_per_step:
@@ -280,8 +280,9 @@ class MConFIG(torch.optim.Optimizer):
             )
         if not any(self._rows.reached[: len(self._recorded)]):
             raise RuntimeError(
-                f"step found no gradient: no backward pass inside record reached a parameter, for "
-                f"{', '.join(map(self._losses.label, self._recorded))}; if the model's parameters were replaced, make a new MConFIG"
+                "step found no gradient: no backward pass inside record reached a parameter, for "
+                f"{', '.join(map(self._losses.label, self._recorded))}; if the model's parameters were replaced, make "
+                "a new MConFIG"
             )
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and grad_scale is None and len(self._recorded) > 1:
