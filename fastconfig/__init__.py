@@ -5,7 +5,7 @@ from fastconfig.api import combine, gramian
 from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
 from fastconfig.diagnostics import show_config
-from fastconfig.history import History
+from fastconfig.history import ConflictHistory
 from fastconfig.methods import ConFIG, Method
 from fastconfig.monitor import ConflictMonitor
 from fastconfig.version import __version__
@@ -13,9 +13,9 @@ from fastconfig.version import __version__
 __all__ = [
     "Combination",
     "ConFIG",
+    "ConflictHistory",
     "ConflictMonitor",
     "GradientBuffer",
-    "History",
     "Method",
     "__version__",
     "combine",

@@ -214,7 +214,7 @@ class GradientBuffer:
         try:
             combine_segments(segments, method, gramian, weights)
         except NonFiniteError as error:
-            raise self._losses.call(error) from None
+            raise self._losses.with_name(error) from None
         self._hang_grad(reached)
         rtol = (method if isinstance(method, ConFIG) else DEFAULT_METHOD).rule.rtol
         self.combination = Combination(gramian, weights, rtol, self._losses)

@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 import torch
 
 from fastconfig.diagnostics import show_config
-from fastconfig.history import History
+from fastconfig.history import ConflictHistory
 
 _PICTURE = "burgers.png"
 _DEFAULT_SECONDS = 60.0
@@ -203,7 +203,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     source: Path = arguments.csv
     out: Path = arguments.out or source.with_suffix(".png")
     try:
-        history = History.read_csv(source)
+        history = ConflictHistory.read_csv(source)
         if not len(history):
             raise ValueError(f"{source} holds no record yet; the monitor writes in batches, and when it is closed")
         save_figure(history, out)

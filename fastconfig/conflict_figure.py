@@ -15,7 +15,7 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from fastconfig.history import Floats, History
+from fastconfig.history import ConflictHistory, Floats
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -39,7 +39,7 @@ _SAMPLES = 2_000_000
 """Cosines of which quantiles are drawn: those of a longer run are thinned evenly, which no eye can see."""
 
 
-def save_figure(history: History, path: Path) -> None:
+def save_figure(history: ConflictHistory, path: Path) -> None:
     """Draw a history of at least one record.
 
     Args:
@@ -62,7 +62,7 @@ def save_figure(history: History, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _draw(history: History) -> Figure:
+def _draw(history: ConflictHistory) -> Figure:
     m = len(history.names)
     side = max(6.0, 0.26 * m + 2.0)  # of the heat map, in inches: each label wants a line, as does each below
     rows = max(2.6, 0.16 * m + 0.4) if m > _MOST_LINES else 2.6
@@ -86,7 +86,7 @@ def _draw(history: History) -> Figure:
     return figure
 
 
-def _title(history: History) -> str:
+def _title(history: ConflictHistory) -> str:
     m, steps = len(history.names), history.steps
     losses = "1 loss" if m == 1 else f"{m} losses"
     records = "1 step recorded" if len(history) == 1 else f"{len(history):,} steps recorded"
@@ -109,7 +109,7 @@ def _stacked(figure: Figure, where: SubplotSpec, heights: tuple[float, ...]) -> 
     return axes
 
 
-def _draw_mean_cosines(figure: Figure, ax: Axes, history: History, labels: list[str]) -> None:
+def _draw_mean_cosines(figure: Figure, ax: Axes, history: ConflictHistory, labels: list[str]) -> None:
     mean, m = history.mean_cosines(), len(labels)
     _label(ax, "mean cosine between the losses' gradients", "")
     ax.set_facecolor("#CCCCCC")  # a pair that never met
@@ -126,7 +126,7 @@ def _draw_mean_cosines(figure: Figure, ax: Axes, history: History, labels: list[
             ax.text(column, row, text, ha="center", va="center", color=color, fontsize=_FONT_SIZE)
 
 
-def _draw_worst_pairs(ax: Axes, history: History, labels: list[str]) -> None:
+def _draw_worst_pairs(ax: Axes, history: ConflictHistory, labels: list[str]) -> None:
     _label(ax, "pairs that conflict most: mean cosine; steps below 0", "")
     mean = history.mean_cosines()
     pairs = [(mean[i, j], pair, i, j) for pair, (i, j) in enumerate(history.pairs) if not np.isnan(mean[i, j])]
@@ -146,7 +146,7 @@ def _draw_worst_pairs(ax: Axes, history: History, labels: list[str]) -> None:
         ax.text(at, row, text, ha=side, va="center", fontsize=_FONT_SIZE - 1)
 
 
-def _draw_cosines(ax: Axes, history: History, labels: list[str], bins: Bins) -> None:
+def _draw_cosines(ax: Axes, history: ConflictHistory, labels: list[str], bins: Bins) -> None:
     """A line a pair, or the range of all pairs; each with the range of 80 % of the steps, or of pairs and steps."""
     every = -(-len(history) * max(1, len(history.pairs)) // _SAMPLES)
     thinned = [steps[:: min(every, len(steps))] for steps in bins]
@@ -173,7 +173,7 @@ def _draw_losses(
     ax: Axes,
     title: str,
     quantity: str,
-    history: History,
+    history: ConflictHistory,
     values: Floats,
     labels: list[str],
     bins: Bins,
@@ -195,7 +195,7 @@ def _draw_losses(
 
 
 def _draw_rows(
-    figure: Figure, ax: Axes, title: str, quantity: str, history: History, means: Floats, labels: list[str]
+    figure: Figure, ax: Axes, title: str, quantity: str, history: ConflictHistory, means: Floats, labels: list[str]
 ) -> None:
     _label(ax, f"{title}: means", "")
     there = means[np.isfinite(means)]
@@ -217,7 +217,7 @@ def _draw_rows(
     figure.colorbar(ScalarMappable(norm, colors), ax=ax, pad=0.01, aspect=12, extend="both", label=quantity)
 
 
-def _draw_conflict_rate(ax: Axes, history: History, bins: Bins) -> None:
+def _draw_conflict_rate(ax: Axes, history: ConflictHistory, bins: Bins) -> None:
     rates = history.conflict_rates
     _label(ax, "conflict rate: share of pairs whose gradients have a cosine below 0, means", "share of pairs")
     ax.set_ylim(-0.03, 1.03)

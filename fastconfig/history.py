@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
 
 
-class History:
+class ConflictHistory:
     """T records of the conflict between m losses, one row each; P = m(m - 1)/2 pairs of losses.
 
     A gradient that is zero or not finite has no direction: its cosines are NaN, and no pair with it is counted.
@@ -42,7 +42,7 @@ class History:
     @classmethod
     def of(
         cls, names: Sequence[str], steps: Sequence[int], gramians: Floats, weights: Floats, rtols: Sequence[float]
-    ) -> History:
+    ) -> ConflictHistory:
         """The records that follow from K (T, m, m), c (T, m) and where an eigenvalue counts as zero (T,)."""
         cut = np.asarray(rtols, dtype=np.float64)
         squares = np.diagonal(gramians, axis1=1, axis2=2)
@@ -70,13 +70,13 @@ class History:
         return cls(names, table)
 
     @classmethod
-    def joined(cls, names: Sequence[str], histories: Iterable[History]) -> History:
+    def joined(cls, names: Sequence[str], histories: Iterable[ConflictHistory]) -> ConflictHistory:
         """One after the other."""
         empty = np.empty((0, len(columns_of(names))))
         return cls(names, np.concatenate([empty, *(history.table for history in histories)]))
 
     @classmethod
-    def read_csv(cls, path: str | Path) -> History:
+    def read_csv(cls, path: str | Path) -> ConflictHistory:
         """What a ConflictMonitor wrote into a file, to the bit.
 
         Raises:

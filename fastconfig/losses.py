@@ -65,7 +65,7 @@ class Losses:
         """How a call of the user's names a loss: ``2``, or ``'pde'``."""
         return repr(self.names[index]) if self.named else str(index)
 
-    def call(self, error: NonFiniteError) -> FloatingPointError:
+    def with_name(self, error: NonFiniteError) -> FloatingPointError:
         """The error of a backend, which knows rows alone, with the loss's name."""
         return FloatingPointError(nonfinite_message(self.label(error.row)))
 

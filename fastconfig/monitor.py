@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
-from fastconfig.history import History, write_header
+from fastconfig.history import ConflictHistory, write_header
 
 if TYPE_CHECKING:
     import pandas
@@ -76,13 +76,13 @@ class ConflictMonitor:
     Args:
         buffer: the GradientBuffer, or the MConFIG, whose combinations to record.
         every: record one step in so many, the first one included.
-        csv: a file to append the records to, batch by batch, whose first line names the columns (``History.columns``).
-            ``fastconfig plot`` and ``History.read_csv`` read it.
+        csv: a file to append the records to, batch by batch, whose first line names the columns, as
+            ``ConflictHistory.columns`` does. ``fastconfig plot`` and ``ConflictHistory.read_csv`` read it.
         append: go on in an existing ``csv`` of the same losses, which else is refused.
         writer: what else takes the numbers: TensorBoard's ``SummaryWriter``, or any object with its ``add_scalar``.
         memory: keep the records for ``history``, ``to_pandas`` and ``plot``: 8·(4 + 3m + m(m - 1)/2) bytes each.
-        modules_every: look at the modules' conflicts one step in so many, for ``by_module``; None for only when that is
-            called. Each look is one more pass over the rows, and asks the buffer for its parameters' names.
+        modules_every: look at the modules' conflicts one step in so many, for ``by_module``; None for only when asked.
+            Each look is one more pass over the rows, and asks the buffer for its parameters' names.
         first_step: the number of the first step, for a run that is resumed.
 
     Raises:
@@ -140,7 +140,7 @@ class ConflictMonitor:
         self._ring: Tensor | None = None
         self._steps: list[int] = []
         self._rtols: list[float] = []
-        self._histories: list[History] = []
+        self._histories: list[ConflictHistory] = []
         self._modules: _Modules | None = None
         self._closed = False
         if self._path is not None:
@@ -176,7 +176,7 @@ class ConflictMonitor:
         if not self._steps or self._ring is None:
             return
         raw = self._ring[: len(self._steps)].cpu().numpy()
-        history = History.of(self._names, self._steps, raw[:, :-1], raw[:, -1], self._rtols)
+        history = ConflictHistory.of(self._names, self._steps, raw[:, :-1], raw[:, -1], self._rtols)
         self._steps.clear()
         self._rtols.clear()
         if self._remembers:
@@ -201,7 +201,7 @@ class ConflictMonitor:
         self.close()
 
     @property
-    def history(self) -> History:
+    def history(self) -> ConflictHistory:
         """Everything recorded so far, as numpy arrays. Flushes.
 
         Raises:
@@ -209,10 +209,10 @@ class ConflictMonitor:
         """
         if not self._remembers:
             raise RuntimeError(
-                "this monitor was made with memory=False and keeps no records; read its csv by History.read_csv"
+                "this monitor was made with memory=False and keeps no records; read its csv by ConflictHistory.read_csv"
             )
         self.flush()
-        self._histories = [History.joined(self._names, self._histories)]
+        self._histories = [ConflictHistory.joined(self._names, self._histories)]
         return self._histories[0]
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -254,15 +254,13 @@ class ConflictMonitor:
             TypeError: the monitor is not over a GradientBuffer.
             ValueError: the buffer was made from parameters without names.
         """
-        gramians = _check_has_modules(self._buffer).gramian(by="module")
-        if self._modules is None:
-            self._modules = _Modules(list(gramians), self._names, next(iter(gramians.values())))
-        self._modules.add(torch.stack(list(gramians.values())))
+        self._modules = self._look(self._modules)
 
     def by_module(self) -> list[ModuleConflict]:
         """The modules ranked by how much the losses fight in them: what to share between the losses, and what not.
 
-        Over all looks so far; the first call without any looks at the rows as they are now. Waits for the device.
+        Over all looks so far, of ``modules_every`` and ``look_at_modules``; where there was none, of the rows as they
+        are now. Waits for the device.
 
         Returns:
             One row for each module that owns parameters, by ``worst_cosine``, the worst first, those without a conflict
@@ -271,21 +269,29 @@ class ConflictMonitor:
         Raises:
             TypeError, ValueError: as ``look_at_modules``.
         """
-        if self._modules is None:
-            self.look_at_modules()
-        assert self._modules is not None
-        return self._modules.ranked()
+        modules = self._look(None) if self._modules is None else self._modules
+        return modules.ranked()
+
+    def _look(self, looks: _Modules | None) -> _Modules:
+        gramians = _check_has_modules(self._buffer).gramian(by="module")
+        stacked = torch.stack(list(gramians.values()))
+        if looks is None:
+            looks = _Modules(list(gramians), self._names, stacked)
+        looks.add(stacked)
+        return looks
 
     def _take(self, combination: Combination | None) -> None:
         if self._closed:
             raise RuntimeError("this monitor is closed and records no more; make a new one, with append=True for a csv")
-        if self._calls % self._every == 0:
-            combination = self._buffer.combination if combination is None else combination
+        due = self._calls % self._every == 0
+        if due and combination is None:
+            combination = self._buffer.combination
             if combination is None:
                 raise RuntimeError("step found nothing to record: nothing was combined yet; call it after combine")
-            self._keep(combination)
         if self._modules_every is not None and self._calls % self._modules_every == 0:
             self.look_at_modules()
+        if due and combination is not None:
+            self._keep(combination)
         self._calls += 1
         self._next_step += 1
         if len(self._steps) == self._batch:
@@ -379,7 +385,7 @@ def _check_has_modules(buffer: Combiner) -> GradientBuffer:
 def _begin_file(path: Path, names: Sequence[str], append: bool, first_step: int) -> None:
     """Write the header, or make sure that an existing file can be gone on with."""
     if append and path.exists():
-        there = History.read_csv(path)
+        there = ConflictHistory.read_csv(path)
         if there.names != tuple(names):
             raise ValueError(
                 f"csv {str(path)!r} is of the losses {list(there.names)}, not {list(names)}; name another file"
@@ -394,7 +400,7 @@ def _begin_file(path: Path, names: Sequence[str], append: bool, first_step: int)
         raise FileExistsError(f"csv {str(path)!r} exists; name another file, remove it, or pass append=True") from None
 
 
-def _write_scalars(history: History, writer: ScalarWriter) -> None:
+def _write_scalars(history: ConflictHistory, writer: ScalarWriter) -> None:
     shown = [
         i
         for i, column in enumerate(history.columns)

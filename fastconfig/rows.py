@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     vectors: tuple[Tensor, ...]
 
     def columns(self, first: int, last: int) -> Rows:
-        """Columns ``first`` to ``last`` - 1 of a matrix, where they lie."""
-        assert self.matrix is not None
-        return self._replace(n=last - first, matrix=self.matrix[:, first:last])
+        """Columns ``first`` to ``last`` - 1, where they lie."""
+        matrix = None if self.matrix is None else self.matrix[:, first:last]
+        vectors = tuple(vector[first:last] for vector in self.vectors)
+        return self._replace(n=last - first, matrix=matrix, vectors=vectors)

@@ -226,7 +226,7 @@ def test_the_file_reads_back_to_the_bit(tmp_path, monkeypatch):
     zero = combination(np.zeros((3, 3)).tolist(), [0.0, -0.0, math.nan])
     monitor.record(zero)
     monitor.close()
-    read = fc.History.read_csv(path)
+    read = fc.ConflictHistory.read_csv(path)
     assert read.names == tuple(ODD_NAMES)
     assert len(read) == 7
     assert read.table.tobytes() == monitor.history.table.tobytes()
@@ -239,7 +239,7 @@ def test_a_run_that_is_resumed_goes_on_in_its_file(tmp_path):
     for first in (0, 4):
         with fc.ConflictMonitor(buf, csv=path, append=True, first_step=first, memory=False) as monitor:
             train(model, buf, x, 4, lambda info, monitor=monitor: monitor.step())
-    assert fc.History.read_csv(path).steps.tolist() == list(range(8))
+    assert fc.ConflictHistory.read_csv(path).steps.tolist() == list(range(8))
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match=r"run.csv' exists.*append=True"):
         fc.ConflictMonitor(buf, csv=path)
@@ -251,7 +251,7 @@ def test_a_run_that_is_resumed_goes_on_in_its_file(tmp_path):
     ):
         fc.ConflictMonitor(other, csv=path, append=True)
     assert path.read_bytes() == before
-    with pytest.raises(RuntimeError, match=r"memory=False.*History.read_csv"):
+    with pytest.raises(RuntimeError, match=r"memory=False.*ConflictHistory.read_csv"):
         monitor.plot(tmp_path / "run.png")
 
 
@@ -273,7 +273,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content, message):
     path = tmp_path / "run.csv"
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"run.csv.*({message})"):
-        fc.History.read_csv(path)
+        fc.ConflictHistory.read_csv(path)
 
 
 def test_what_was_recorded_before_an_exception_is_written(tmp_path):
@@ -287,7 +287,7 @@ def test_what_was_recorded_before_an_exception_is_written(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         diverge()
-    assert len(fc.History.read_csv(path)) == 2
+    assert len(fc.ConflictHistory.read_csv(path)) == 2
 
 
 class Writer:
@@ -384,13 +384,15 @@ def test_modules_are_ranked_by_what_autograd_says_of_them():
 
 
 def test_a_module_that_one_loss_alone_reaches_comes_last():
-    """As a task's head; without a look so far the rows are looked at as they are."""
+    """As a task's head. Where nothing was looked at so far, the rows are, as they are now."""
     body, heads = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
     model = nn.ModuleDict({"heads": heads, "body": body})
     buf = fc.GradientBuffer(model, ["left", "right"])
     shared = body(torch.ones(2))
+    monitor = fc.ConflictMonitor(buf)
+    assert all(math.isnan(row.worst_cosine) and row.norm_share == 0 for row in monitor.by_module())
     buf.backward([heads[0](shared).sum(), heads[1](shared).sum()])
-    body_row, *head_rows = fc.ConflictMonitor(buf).by_module()
+    body_row, *head_rows = monitor.by_module()
     left, right = buf.segments[0].views(buf.rows[0])[-2:], buf.segments[0].views(buf.rows[1])[-2:]
     left, right = (torch.cat([view.flatten() for view in views]) for views in (left, right))
     assert body_row.module == "body"

@@ -92,7 +92,7 @@ class NonFiniteError(FloatingPointError):
     """A gradient is not finite, and the method raises on it.
 
     Attributes:
-        row: the first such gradient's. Who knows the losses' names says so by ``losses.Losses.call``.
+        row: the first such gradient's. Who knows the losses' names says so by ``losses.Losses.with_name``.
     """
 
     def __init__(self, row: int) -> None:

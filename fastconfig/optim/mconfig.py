@@ -307,7 +307,7 @@ class MConFIG(torch.optim.Optimizer):
         except Exception as error:
             self._unreach(newly_reached)
             if isinstance(error, NonFiniteError):
-                raise self._losses.call(error) from None
+                raise self._losses.with_name(error) from None
             raise
         if newly_reached and self.steps_left_out > left_out:  # seldom asked, as it waits for the device
             self._unreach(newly_reached)
