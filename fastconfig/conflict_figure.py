@@ -128,6 +128,8 @@ def _draw_mean_cosines(figure: Figure, ax: Axes, history: ConflictHistory, label
 
 def _draw_worst_pairs(ax: Axes, history: ConflictHistory, labels: list[str]) -> None:
     _label(ax, "pairs that conflict most: mean cosine; steps below 0", "")
+    ax.set_xlim(-1.0, 1.0)
+    ax.set_yticks([])
     mean = history.mean_cosines()
     pairs = [(mean[i, j], pair, i, j) for pair, (i, j) in enumerate(history.pairs) if not np.isnan(mean[i, j])]
     pairs = sorted(pairs)[:_MOST_WORST]
@@ -136,9 +138,7 @@ def _draw_worst_pairs(ax: Axes, history: ConflictHistory, labels: list[str]) -> 
         return
     cosines = [cosine for cosine, _, _, _ in pairs]
     ax.barh(range(len(pairs)), cosines, color=[_COLORS[1] if cosine < 0 else _COLORS[0] for cosine in cosines])
-    ax.set_yticks([])
     ax.set_ylim(max(len(pairs), 3) - 0.4, -0.6)
-    ax.set_xlim(-1.0, 1.0)
     ax.axvline(0.0, color="black", linewidth=0.8)
     for row, (cosine, pair, i, j) in enumerate(pairs):
         text = f"{labels[i]} · {labels[j]}: {_percent(history.cosines[:, pair])}"
