@@ -5,6 +5,7 @@ from fastconfig.api import combine, gramian
 from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
 from fastconfig.diagnostics import show_config
+from fastconfig.history import ConflictHistory
 from fastconfig.methods import (
     CRMOGM,
     IMTLG,
@@ -27,6 +28,7 @@ from fastconfig.methods import (
     Sum,
     UPGrad,
 )
+from fastconfig.monitor import ConflictMonitor
 from fastconfig.version import __version__
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "CAGrad",
     "Combination",
     "ConFIG",
+    "ConflictHistory",
+    "ConflictMonitor",
     "Constant",
     "DualProj",
     "FairGrad",

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Module
 
 from fastconfig import landing
+from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination, combine_segments
 from fastconfig.landing import GradientRows
+from fastconfig.losses import Losses
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
+from fastconfig.ops import backend_for, is_traced
+from fastconfig.rows import Rows
+
+By = Literal["module", "parameter"] | Callable[[str], str]
+"""What makes the parts of a model: the module that owns a parameter, the parameter, or a function of its name."""
 
 
 class Segment(landing.Segment):
@@ -35,13 +45,19 @@ class GradientBuffer:
     is ever held twice, stacked or flattened.
 
     Args:
-        parameters: the parameters that the losses share, as from ``model.parameters()``. Those that need no gradient
-            are left out; one given twice counts once.
-        num_losses: m, the number of losses.
+        parameters: the parameters that the losses share: a module, or as from ``model.parameters()``, or pairs as from
+            ``model.named_parameters()``. Those that need no gradient are left out; one given twice counts once.
+            Only a module or pairs give them the names that ``gramian(by=...)`` asks for.
+        num_losses: m, the number of losses; or m names of theirs, for ``record`` and for errors, tables and pictures.
 
     Raises:
-        TypeError: a parameter that is not a dense floating-point or complex tensor; num_losses not an int.
-        ValueError: no parameter that needs a gradient; a non-leaf tensor; num_losses under 1.
+        TypeError: a parameter that is not a dense floating-point or complex tensor; num_losses neither an int nor a
+            list of names.
+        ValueError: no parameter that needs a gradient; a non-leaf tensor; two parameters of one name; num_losses under
+            1; a loss's name that is empty or not the only such.
+
+    Attributes:
+        combination: what the last ``combine`` returned; None before the first.
 
     Memory: (m + 1)·n elements. Rows start as zeros, and a zero row constrains nothing.
 
@@ -56,20 +72,29 @@ class GradientBuffer:
         True
     """
 
-    def __init__(self, parameters: Iterable[Tensor], num_losses: int) -> None:
-        if isinstance(num_losses, bool) or not isinstance(num_losses, int):
-            raise TypeError(f"num_losses must be an int, got {num_losses!r}")
-        if num_losses < 1:
-            raise ValueError(f"num_losses must be at least 1, got {num_losses}")
-        groups = landing.by_kind(landing.trained(parameters))
-        self._num_losses = num_losses
-        self._rows = GradientRows([Segment(group, num_losses) for group in groups], num_losses, "GradientBuffer")
+    def __init__(
+        self, parameters: Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]], num_losses: int | Sequence[str]
+    ) -> None:
+        self._losses = Losses(num_losses)
+        self._num_losses = m = len(self._losses)
+        tensors, names = landing.with_names(parameters)
+        trained = landing.trained(tensors)
+        groups = landing.by_kind(trained)
+        self._rows = GradientRows([Segment(group, m) for group in groups], m, "GradientBuffer")
+        places = {id(parameter): i for i, parameter in enumerate(self._rows.parameters)}
+        self._places = None if names is None else {names[id(p)]: places[id(p)] for p in trained}  # in the order given
         self._grad_views = [view for segment in self.segments for view in segment.views(segment.grad)]
+        self.combination: Combination | None = None
 
     @property
     def num_losses(self) -> int:
         """m, the number of losses."""
         return self._num_losses
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The m losses' names; "0", "1" ... where they have none."""
+        return self._losses.names
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -86,13 +111,18 @@ class GradientBuffer:
         """(n,) the combined gradient, flat. ValueError where the buffer has several segments."""
         return self._only_segment("grad").grad
 
+    @property
+    def has_names(self) -> bool:
+        """Whether the parameters have names, which ``gramian(by=...)`` asks for."""
+        return self._places is not None
+
     def zero(self) -> None:
         """Set every row to zero and forget which parameters the losses reached. ``p.grad`` is left as it is."""
         self._rows.check_not_recording("zero")
         self._rows.zero()
 
     @contextmanager
-    def record(self, loss: int) -> Generator[None, None, None]:
+    def record(self, loss: int | str) -> Generator[None, None, None]:
         """Let backward passes inside the ``with`` block write row ``loss``.
 
         The row begins anew: what a backward pass does not reach is zero when the block ends, and inside it may still
@@ -101,15 +131,15 @@ class GradientBuffer:
         buffer accumulate ``.grad`` as usual. If the block raises, the row is zeroed.
 
         Args:
-            loss: the row, 0 to m - 1.
+            loss: the row, 0 to m - 1, or the loss's name.
 
         Raises:
-            IndexError: no such loss.
+            TypeError, IndexError: no such loss.
             RuntimeError: inside another ``record``, of this buffer or of one over some of the same parameters; or a
                 parameter is no longer the one the buffer was made for.
         """
-        loss = landing.checked_loss(loss, self._num_losses)
-        with self._rows.record(loss, f"record({loss})"):
+        row = self._losses.index(loss)
+        with self._rows.record(row, f"record({self._losses.argument(row)})"):
             yield
 
     def backward(self, losses: Sequence[Tensor | Callable[[], Tensor]], *, retain_graph: bool = False) -> None:
@@ -133,9 +163,9 @@ class GradientBuffer:
             raise ValueError(f"losses must hold {self._num_losses} losses, one a row, got {len(losses)}")
         for i, loss in enumerate(losses):
             if isinstance(loss, Tensor):
-                _check_loss(loss, i)
+                _check_loss(loss, self._given(i))
             elif not callable(loss):
-                raise TypeError(f"losses[{i}] must be a tensor or a callable that returns one, got {loss!r}")
+                raise TypeError(f"{self._given(i)} must be a tensor or a callable that returns one, got {loss!r}")
         last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
         self._rows.check_not_recording("backward")
         self._rows.check_parameters()
@@ -146,7 +176,7 @@ class GradientBuffer:
                         _backward(loss, retain_graph or i < last_tensor)
                     else:
                         value = loss()
-                        _check_loss(value, i)
+                        _check_loss(value, self._given(i))
                         _backward(value, retain_graph=False)
         except BaseException:
             self.zero()
@@ -181,14 +211,86 @@ class GradientBuffer:
         kept = torch.empty(m + 1, m, dtype=torch.float64, device=home)
         gramian, weights = kept[:m], kept[m]
         segments = [(segment.description, segment.grad) for segment in self.segments]
-        combine_segments(segments, method, gramian, weights)
+        try:
+            combine_segments(segments, method, gramian, weights)
+        except NonFiniteError as error:
+            raise self._losses.with_name(error) from None
         self._hang_grad(reached)
         rtol = (method if isinstance(method, ConFIG) else DEFAULT_METHOD).rule.rtol
-        return Combination(gramian, weights, rtol)
+        self.combination = Combination(gramian, weights, rtol, self._losses)
+        return self.combination
+
+    @overload
+    def gramian(self, by: None = None) -> Tensor: ...
+
+    @overload
+    def gramian(self, by: By) -> dict[str, Tensor]: ...
+
+    def gramian(self, by: By | None = None) -> Tensor | dict[str, Tensor]:
+        """The Gramian of the rows as they are, K_ij = g_i · g_j: of all columns, or one for each part of the model.
+
+        One pass over the rows either way: the Gramian is additive over columns, so the parts' add up to the whole.
+
+        Args:
+            by: None for the whole. ``"module"``: the parameters that one module owns itself are a part, under the name
+                it has in ``model.named_modules()`` ("" for the model). ``"parameter"``: each parameter is. Or a
+                function from a parameter's name to that of its part, for instance
+                ``lambda name: name.split(".")[0]``. A parameter that several modules share goes by its first name.
+
+        Returns:
+            (m, m) float64, symmetric to the bit, on the device of the first segment; with ``by`` one for each part, in
+            the parameters' order. Nothing waits for a device.
+
+        Raises:
+            RuntimeError: inside ``record``.
+            ValueError: another ``by``; or the buffer was made from parameters without names.
+            TypeError: a function that answers anything but a str.
+        """
+        self._rows.check_not_recording("gramian")
+        if by is None:
+            return self._sum_of_gramians([segment.description for segment in self.segments])
+        return {part: self._sum_of_gramians(rows) for part, rows in self._rows_of_parts(by).items()}
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{seg.rows.shape[1]} {str(seg.dtype)[6:]} on {seg.device}" for seg in self.segments)
-        return f"GradientBuffer(num_losses={self._num_losses}, columns: {sizes})"
+        losses = list(self.names) if self._losses.named else self._num_losses
+        return f"GradientBuffer(num_losses={losses}, columns: {sizes})"
+
+    def _given(self, index: int) -> str:
+        """How an error calls what ``backward`` was given for a loss."""
+        return f"losses[{index}]" + (f" ({self._losses.argument(index)})" if self._losses.named else "")
+
+    def _sum_of_gramians(self, parts: Sequence[Rows]) -> Tensor:
+        home = self.segments[0].device
+        traced = is_traced(None, [rows.matrix for rows in parts if rows.matrix is not None])
+        gramians = (backend_for(rows.device, None, traced).gramian(rows).to(home) for rows in parts)
+        return reduce(Tensor.add_, gramians)
+
+    def _rows_of_parts(self, by: By) -> dict[str, list[Rows]]:
+        """The rows cut into the parts' columns, as few runs a part as can be. Views: nothing is copied."""
+        part_of = _part_of(by)
+        if self._places is None:
+            raise ValueError(
+                f"gramian(by={by!r}) needs the parameters' names, and this buffer was made without; make it by "
+                "GradientBuffer(model, ...) or GradientBuffer(model.named_parameters(), ...)"
+            )
+        parts = {place: _checked_part(part_of(name), name) for name, place in self._places.items()}
+        runs: dict[str, list[tuple[int, int, int]]] = {part: [] for part in parts.values()}  # segment, first and last
+        spans = [
+            (s, first, first + landing.columns_of(parameter))
+            for s, segment in enumerate(self.segments)
+            for parameter, first in zip(segment.parameters, segment.starts, strict=True)
+        ]
+        for place, (s, first, last) in enumerate(spans):
+            run = runs[parts[place]]
+            if run and run[-1][0] == s and run[-1][2] == first:
+                run[-1] = s, run[-1][1], last
+            else:
+                run.append((s, first, last))
+        return {
+            part: [self.segments[s].description.columns(first, last) for s, first, last in run]
+            for part, run in runs.items()
+        }
 
     def _only_segment(self, name: str) -> Segment:
         if len(self.segments) > 1:
@@ -212,16 +314,31 @@ class GradientBuffer:
             parameter.grad = view.detach() if i in reached else None
 
 
-def _check_loss(loss: Tensor, index: int) -> None:
+def _part_of(by: By) -> Callable[[str], str]:
+    """From a parameter's name to that of its part."""
+    if callable(by):
+        return by
+    if by == "parameter":
+        return str
+    if by == "module":
+        return lambda name: name.rpartition(".")[0]
+    raise ValueError(f"by must be 'module', 'parameter', a function of a parameter's name or None, got {by!r}")
+
+
+def _checked_part(part: str, name: str) -> str:
+    if not isinstance(part, str):
+        raise TypeError(f"by must return a str, the name of a part, got {part!r} for parameter {name!r}")
+    return part
+
+
+def _check_loss(loss: Tensor, given: str) -> None:
     if not isinstance(loss, Tensor):
-        raise TypeError(f"losses[{index}] must return a tensor, got {type(loss).__name__}")
+        raise TypeError(f"{given} must return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
-        raise ValueError(
-            f"losses[{index}] must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()"
-        )
+        raise ValueError(f"{given} must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()")
     if not loss.requires_grad:
         raise ValueError(
-            f"losses[{index}] does not require grad, so no gradient can come of it; compute it from the parameters, "
+            f"{given} does not require grad, so no gradient can come of it; compute it from the parameters, "
             "outside torch.no_grad() and without .detach() or .item()"
         )
 

@@ -1,4 +1,4 @@
-"""The ``fastconfig`` command: ``fastconfig doctor``, ``fastconfig methods`` and ``fastconfig demo burgers``."""
+"""The ``fastconfig`` command: ``fastconfig doctor``, ``methods``, ``plot`` and ``demo burgers``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 import torch
 
 from fastconfig.diagnostics import show_config
+from fastconfig.history import ConflictHistory
 from fastconfig.methods.catalogue import CATALOGUE
 
 _PICTURE = "burgers.png"
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "demo":
             return _demo_burgers(arguments, demo)
+        if arguments.command == "plot":
+            return _plot(arguments)
         if arguments.command == "methods":
             _print_methods()
         else:
@@ -91,6 +94,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="show the version, the backends and why one is missing")
     commands.add_parser("methods", help="list the methods, what each does and where it was published")
+    plot = commands.add_parser(
+        "plot",
+        help="draw what a ConflictMonitor recorded",
+        description="Draw a CSV file of fc.ConflictMonitor: who conflicts with whom, and cosines, gradient norms, "
+        "weights and conflict rate over time.",
+    )
+    plot.add_argument("csv", type=Path, metavar="run.csv", help="what ConflictMonitor(..., csv=...) wrote")
+    plot.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="PICTURE",
+        help="a .png, .svg or .pdf (default: the CSV file's name with .png); replaces an old one",
+    )
     demos = commands.add_parser("demo", help="train on a real problem").add_subparsers(
         dest="demo", required=True, metavar="PROBLEM"
     )
@@ -198,11 +215,36 @@ def _picture_path(text: str) -> Path:
     return path
 
 
-def _demo_burgers(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
+def _plot(arguments: argparse.Namespace) -> int:
+    if not _has("fastconfig plot", "plot", "matplotlib"):
+        return 2
+    from fastconfig.conflict_figure import save_figure  # here, not above: it draws in the optional package
+
+    source: Path = arguments.csv
+    out: Path = arguments.out or source.with_suffix(".png")
+    try:
+        history = ConflictHistory.read_csv(source)
+        if not len(history):
+            raise ValueError(f"{source} holds no record yet; the monitor writes in batches, and when it is closed")
+        save_figure(history, out)
+    except (OSError, ValueError) as error:
+        print(f"fastconfig plot: error: {error}", file=sys.stderr)
+        return 2
+    print(f"Picture: {out}")
+    return 0
+
+
+def _has(command: str, extra: str, *packages: str) -> bool:
+    """Whether the packages of an extra are installed; else it is said how to get them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)} not installed"
-        print(f"{parser.prog}: error: {reason}; run: pip install 'fastconfig[demo]'", file=sys.stderr)
+        print(f"{command}: error: {reason}; run: pip install 'fastconfig[{extra}]'", file=sys.stderr)
+    return not missing
+
+
+def _demo_burgers(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not _has(parser.prog, "demo", "matplotlib", "rich"):
         return 2
     with Interrupt() as interrupt:
         # Here, not above: both draw in the optional packages.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import Backend
+from fastconfig.losses import Losses
 from fastconfig.methods import ConFIG, GramianMethod, Method
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.rows import Rows
@@ -79,12 +80,16 @@ class Combination:
     Attributes:
         gramian: (m, m) float64, K_ij = g_i · g_j.
         weights: (m,) float64, the coefficients c of Σ c_i g_i.
+        rtol: under which share of the largest an eigenvalue of the cosines counts as zero.
+        names: the m losses' names; "0", "1" ... where they have none.
     """
 
-    def __init__(self, gramian: Tensor, weights: Tensor, rtol: float) -> None:
+    def __init__(self, gramian: Tensor, weights: Tensor, rtol: float, losses: Losses | None = None) -> None:
         self.gramian = gramian
         self.weights = weights
-        self._rtol = rtol
+        self.rtol = rtol
+        self._losses = Losses(len(weights)) if losses is None else losses
+        self.names = self._losses.names
 
     @cached_property
     def _directed(self) -> Tensor:
@@ -112,7 +117,8 @@ class Combination:
         Reading it waits for the device.
         """
         eigenvalues = torch.linalg.eigvalsh(self.cosines)
-        return int((eigenvalues > self._rtol * eigenvalues[-1].clamp(min=0.0)).sum())
+        return int((eigenvalues > self.rtol * eigenvalues[-1].clamp(min=0.0)).sum())
 
     def __repr__(self) -> str:
-        return f"Combination(weights={self.weights.tolist()}, norms={self.norms.tolist()})"
+        names = f"losses={list(self.names)}, " if self._losses.named else ""
+        return f"Combination({names}weights={self.weights.tolist()}, norms={self.norms.tolist()})"

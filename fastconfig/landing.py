@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import weakref
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Generic, NamedTuple, SupportsIndex, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from fastconfig.rows import Rows
@@ -50,21 +50,6 @@ class Segment:
             shaped_like(parameter, flat[start : start + columns_of(parameter)])
             for parameter, start in zip(self.parameters, self.starts, strict=True)
         ]
-
-
-def checked_loss(loss: SupportsIndex, count: int) -> int:
-    """The index of a loss, an integer of any kind.
-
-    Raises:
-        TypeError: no integer.
-        IndexError: not 0 to count - 1.
-    """
-    if isinstance(loss, (bool, Tensor)) or not isinstance(loss, SupportsIndex):
-        raise TypeError(f"loss must be the index of a loss, an int, got {loss!r}")
-    index = operator.index(loss)
-    if not 0 <= index < count:
-        raise IndexError(f"loss must be 0 to {count - 1}, got {index}")
-    return index
 
 
 def aligned_rows(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -153,14 +138,14 @@ class GradientRows(Generic[Place]):
         parameters: of all segments, in column order.
         addresses: where their memory was when this was made.
         reached: for each row, the positions of the parameters that its backward passes reached.
-        recording: the row that is being recorded, if any.
+        recording: the call of the user's that records a row now, if any.
     """
 
     def __init__(self, segments: Sequence[Place], count: int, owner: str) -> None:
         self.segments = tuple(segments)
         self.parameters = tuple(parameter for segment in segments for parameter in segment.parameters)
         self.reached: list[set[int]] = [set() for _ in range(count)]
-        self.recording: int | None = None
+        self.recording: str | None = None
         self._owner = owner
         self._made_for = tuple(_record(parameter, parameter.data_ptr()) for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
@@ -209,7 +194,7 @@ class GradientRows(Generic[Place]):
                 "that `with` block first: a gradient can only go to one row"
             )
         before = [parameter.grad for parameter in self.parameters]
-        self.recording = row
+        self.recording = call
         _BEING_RECORDED.update(self._identities)
         complete = False
         try:
@@ -235,7 +220,7 @@ class GradientRows(Generic[Place]):
         """Raise RuntimeError inside ``record``."""
         if self.recording is not None:
             raise RuntimeError(
-                f"{call} was called inside record({self.recording}); leave that `with` block first: "
+                f"{call} was called inside {self.recording}; leave that `with` block first: "
                 "one backward pass can only fill one row"
             )
 
@@ -285,6 +270,35 @@ def _remove_hooks(handles: Sequence[RemovableHandle]) -> None:
 
 def _record(parameter: Tensor, address: int) -> _Recorded:
     return _Recorded(address, parameter.dtype, parameter.device, parameter.shape)
+
+
+def with_names(
+    parameters: Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+) -> tuple[Iterable[Tensor], dict[int, str] | None]:
+    """The parameters of a module, of pairs or as they are, unchecked; and their names by identity, where they have any.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    if isinstance(parameters, Module):
+        parameters = parameters.named_parameters()
+    elif isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        return parameters, None
+    given = list(parameters)
+    pairs = [item for item in given if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)]
+    if not pairs or len(pairs) < len(given):
+        return cast("list[Tensor]", given), None
+    owners: dict[str, int] = {}
+    for name, parameter in pairs:
+        if owners.setdefault(name, id(parameter)) != id(parameter):
+            raise ValueError(
+                f"parameters must have a name each, got {name!r} for two; prefix those of a second model, as "
+                "model.named_parameters(prefix='head') does"
+            )
+    names: dict[int, str] = {}
+    for name, identity in owners.items():
+        names.setdefault(identity, name)
+    return [parameter for _, parameter in pairs], names
 
 
 def trained(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from fastconfig import backends
 from fastconfig.backends.momentum import Segment
 from fastconfig.backends.momentum.reference import decide, raise_if_nonfinite
 from fastconfig.combination import Combination, weights_of
+from fastconfig.losses import Losses
 from fastconfig.methods import ConFIG, GramianMethod, Method
 from fastconfig.moments import Decision, Ledger, Recorded, StepRule
 from fastconfig.rows import Rows
@@ -76,14 +77,15 @@ def take_step(
         segment.update(recorded, rule, local)
 
 
-def combination_of(ledger: Ledger, beta1: float, rtol: float) -> Combination:
+def combination_of(ledger: Ledger, beta1: float, rtol: float, losses: Losses) -> Combination:
     """What the last step combined: the averages freed of bias, their products and weights. Nothing waits for a device.
 
     An average that has not begun counts as zero.
     """
     bias = torch.where(ledger.counts > 0, 1.0 - beta1**ledger.counts, 1.0)
     step = ledger.totals[0].clamp(min=1.0)
-    return Combination(ledger.gramian / bias / bias.unsqueeze(1), ledger.weights * bias / (1.0 - beta1**step), rtol)
+    weights = ledger.weights * bias / (1.0 - beta1**step)
+    return Combination(ledger.gramian / bias / bias.unsqueeze(1), weights, rtol, losses)
 
 
 def _weights_by(method: Method, ask: bool) -> Callable[[Tensor], Tensor]:

@@ -21,3 +21,9 @@ class Rows(NamedTuple):
     device: torch.device
     matrix: Tensor | None
     vectors: tuple[Tensor, ...]
+
+    def columns(self, first: int, last: int) -> Rows:
+        """Columns ``first`` to ``last`` - 1, where they lie."""
+        matrix = None if self.matrix is None else self.matrix[:, first:last]
+        vectors = tuple(vector[first:last] for vector in self.vectors)
+        return self._replace(n=last - first, matrix=matrix, vectors=vectors)

@@ -170,6 +170,105 @@ def test_combination_is_that_of_the_rows():
         assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), buf.grad)
 
 
+# The Gramian of parts
+
+
+class Mixed(nn.Module):
+    """Modules within modules, a parameter of the model's own, a tied one, a frozen one, and two dtypes in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.encode, self.norm = nn.Linear(4, 4), nn.LayerNorm(4).double()
+        self.decode = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.encode.weight
+        self.decode[0].bias.requires_grad_(False)
+
+    def forward(self, x):
+        y = self.norm(self.encode(x).tanh().double()).float()
+        return self.tied(self.decode(y)) * self.scale
+
+
+def owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("by", "part_of"),
+    [("module", owner), ("parameter", str), (lambda name: name.split(".")[0], lambda name: name.split(".")[0])],
+    ids=["module", "parameter", "function"],
+)
+@pytest.mark.parametrize("given", [lambda model: model, lambda model: model.named_parameters()], ids=["model", "pairs"])
+def test_gramians_of_parts_are_those_of_their_parameters_and_add_up(given, by, part_of):
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(5, 4)
+    buf = fc.GradientBuffer(given(model), num_losses=3)
+    buf.backward(losses_of(model, x))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = {name: [] for name in named}
+    for i in range(3):
+        gradients = torch.autograd.grad(losses_of(model, x)[i], list(named.values()))
+        for name, gradient in zip(named, gradients, strict=True):
+            rows[name].append(gradient.flatten().double())
+    expected: dict[str, torch.Tensor] = {}
+    for name, row in rows.items():
+        block = torch.stack(row)
+        expected[part_of(name)] = expected.get(part_of(name), 0) + block @ block.T
+    parts = buf.gramian(by=by)
+    assert list(parts) == list(expected)
+    for part, gramian in parts.items():
+        torch.testing.assert_close(gramian, expected[part], rtol=1e-6, atol=1e-12)
+        assert torch.equal(gramian, gramian.T)
+    torch.testing.assert_close(sum(parts.values()), buf.gramian(), rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(buf.gramian(), buf.combine().gramian, rtol=1e-14, atol=0.0)
+
+
+def test_parts_are_read_in_one_pass_and_not_copied(monkeypatch):
+    """Each column is read once and where it lies; a run of columns of one part by one call."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    buf = fc.GradientBuffer(model, num_losses=2)
+    read, backend_for = [], fc.buffer.backend_for
+
+    class Spy:
+        def __init__(self, backend):
+            self.backend = backend
+
+        def gramian(self, rows):
+            read.append(addresses(rows.matrix[0]))
+            return self.backend.gramian(rows)
+
+    monkeypatch.setattr(fc.buffer, "backend_for", lambda *arguments: Spy(backend_for(*arguments)))
+    assert list(buf.gramian(by="module")) == ["0", "1"]
+    assert len(read) == 2
+    assert [*read[0], *read[1]] == list(addresses(buf.rows[0]))
+
+
+def test_a_module_without_elements_has_a_gramian_of_zeros():
+    model = nn.ModuleDict({"empty": nn.ParameterList([torch.zeros(0, 3)]), "full": nn.Linear(2, 2)})
+    buf = fc.GradientBuffer(model, num_losses=2)
+    with buf.record(0):
+        model["full"](torch.ones(2)).sum().backward()
+    parts = buf.gramian(by="module")
+    assert torch.equal(parts["empty"], torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(parts["full"], buf.gramian())
+
+
+def test_gramian_of_parts_refuses_what_it_cannot_tell():
+    model, _ = build("mlp")
+    buf = fc.GradientBuffer(model.parameters(), num_losses=3)
+    assert not buf.gramian().any()
+    with pytest.raises(ValueError, match=r"by='module'.*names.*GradientBuffer\(model, ...\)"):
+        buf.gramian(by="module")
+    named = fc.GradientBuffer(model, num_losses=3)
+    with pytest.raises(ValueError, match=r"by must be 'module', 'parameter', a function.*got 'layer'"):
+        named.gramian(by="layer")
+    with pytest.raises(TypeError, match=r"by must return a str.*got 6 for parameter '0.bias'"):
+        named.gramian(by=lambda name: name if name == "0.weight" else len(name))
+    with named.record(0), pytest.raises(RuntimeError, match=r"gramian was called inside record\(0\)"):
+        named.gramian()
+
+
 def test_rows_never_recorded_and_zeroed_rows_constrain_nothing():
     model, x = build("mlp")
     buf = fc.GradientBuffer(model.parameters(), num_losses=3)

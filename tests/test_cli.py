@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastconfig as fc
 from fastconfig import cli
 
 DEMO = ["demo", "burgers"]
@@ -87,6 +88,56 @@ def test_doctor_shows_the_configuration(monkeypatch):
     monkeypatch.setattr(cli, "show_config", lambda: calls.append(1))
     assert cli.main(["doctor"]) == 0
     assert calls == [1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a monitor wrote in some steps."""
+    model = torch.nn.Linear(3, 3)
+    buf = fc.GradientBuffer(model, ["pde", "boundary", "initial"])
+    with fc.ConflictMonitor(buf, csv=tmp_path / "run.csv") as monitor:
+        for step in range(5):
+            buf.backward(list(model(torch.full((3,), 1.0 + step)).square()))
+            monitor.record(buf.combine())
+    return tmp_path / "run.csv"
+
+
+@pytest.mark.parametrize(
+    ("options", "picture"),
+    [([], "run.png"), (["-o", "other.svg"], "other.svg"), (["--out", "other.png"], "other.png")],
+)
+def test_plot_draws_a_file(capsys, monkeypatch, run, options, picture):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(run.parent)
+    assert cli.main(["plot", "run.csv", *options]) == 0
+    assert capsys.readouterr().out == f"Picture: {picture}\n"
+    assert (run.parent / picture).stat().st_size > 1000
+
+
+def test_plot_says_what_is_wrong_with_a_file(capsys, run):
+    pytest.importorskip("matplotlib")
+    header = run.read_text().splitlines(keepends=True)[0]
+    cases = [
+        ("missing.csv", None, [], "No such file"),
+        ("other.csv", "a,b\n1,2\n", [], "no CSV file of a ConflictMonitor"),
+        ("empty.csv", header, [], "no record yet"),
+        ("run.csv", None, ["-o", "run.jpg"], "end in .png, .svg, .pdf, got 'run.jpg'"),
+        ("run.csv", None, ["-o", str(run.parent / "no" / "run.png")], "No such file"),
+    ]
+    for name, content, options, message in cases:
+        if content is not None:
+            (run.parent / name).write_text(content)
+        assert cli.main(["plot", str(run.parent / name), *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("fastconfig plot: error: ")
+        assert message in line
+    assert not list(run.parent.glob("*.png"))
+
+
+def test_plot_without_matplotlib_names_the_extra(capsys, monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["plot", str(run)]) == 2
+    assert "matplotlib not installed; run: pip install 'fastconfig[plot]'" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_early_is_no_traceback():

@@ -11,7 +11,7 @@ import torch  # first: it loads the OpenMP runtime that the core then shares
 from torch import Tensor
 
 from fastconfig.backends import reference
-from fastconfig.backends.rules import ConFIGRule, GramianRule, Rule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, GramianRule, NonFiniteError, Rule
 from fastconfig.rows import Rows
 
 try:
@@ -92,7 +92,7 @@ def _weights(gramian: Tensor, rule: Rule, operand: Tensor | None) -> Tensor:
         gramian.data_ptr(), m, native_rule(rule, m), 0 if operand is None else operand.data_ptr(), weights.data_ptr()
     )
     if bad != _core.FINITE:
-        raise FloatingPointError(nonfinite_message(bad))
+        raise NonFiniteError(bad)
     return weights
 
 
@@ -135,7 +135,7 @@ def _combine(
         torch.get_num_threads(),
     )
     if bad != _core.FINITE:
-        raise FloatingPointError(nonfinite_message(bad))
+        raise NonFiniteError(bad)
 
 
 def _addresses(rows: Rows) -> tuple[int, int, int] | list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import problem
-from fastconfig.backends.rules import ConFIGRule, GramianRule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, GramianRule, NonFiniteError
 from fastconfig.rows import Rows
 
 CHUNK_ELEMENTS = 1 << 22
@@ -143,7 +143,7 @@ def raise_if_nonfinite(gramian: Tensor) -> None:
     """FloatingPointError if a gradient is not finite, which its squared norm tells. Waits for the device."""
     bad = (~torch.isfinite(gramian.diagonal())).nonzero().flatten().tolist()
     if bad:
-        raise FloatingPointError(nonfinite_message(bad[0]))
+        raise NonFiniteError(bad[0])
 
 
 def _unit_direction(gramian: Tensor, direction: Tensor, rule: ConFIGRule) -> tuple[Tensor, Tensor, Tensor]:

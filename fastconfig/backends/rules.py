@@ -127,9 +127,24 @@ def _one_number(length: object, norms: Tensor) -> Tensor:
     return value.reshape(())
 
 
-def nonfinite_message(row: int) -> str:
-    """What is said of the first row that is not finite."""
+class NonFiniteError(FloatingPointError):
+    """A gradient is not finite, and the method raises on it.
+
+    Attributes:
+        row: the first such gradient's. Who knows the losses' names says so by ``losses.Losses.with_name``.
+    """
+
+    def __init__(self, row: int) -> None:
+        super().__init__(row)
+        self.row = row
+
+    def __str__(self) -> str:
+        return nonfinite_message(f"loss {self.row}")
+
+
+def nonfinite_message(loss: str) -> str:
+    """What is said of the first loss whose gradient is not finite."""
     return (
-        f"the squared norm of loss {row}'s gradient is inf or NaN; "
+        f"the squared norm of the gradient of {loss} is inf or NaN; "
         "skip this step, or use nonfinite='drop' or 'propagate'"
     )

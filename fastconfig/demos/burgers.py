@@ -163,7 +163,7 @@ class MethodTrainer(Trainer):
     def __init__(self, seed: int, device: torch.device, budget: Budget, method: str = "config") -> None:
         super().__init__(seed, device, budget)
         self.name = CATALOGUE[method].title.__name__
-        self._buffer = GradientBuffer(self.network.parameters(), num_losses=len(LOSS_NAMES))
+        self._buffer = GradientBuffer(self.network, num_losses=LOSS_NAMES)
         self._method = CATALOGUE[method].make(len(LOSS_NAMES))
 
     def _step(self) -> None:
@@ -185,7 +185,7 @@ class MConFIGTrainer(Trainer):
     _optimizer: MConFIG
 
     def _make_optimizer(self) -> MConFIG:
-        return MConFIG(self.network.parameters(), lr=_PEAK_RATE, num_losses=len(LOSS_NAMES))
+        return MConFIG(self.network.parameters(), lr=_PEAK_RATE, num_losses=LOSS_NAMES)
 
     def _step(self) -> None:
         index = self._optimizer.next_loss()

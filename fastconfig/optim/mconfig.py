@@ -13,8 +13,10 @@ from torch.compiler import is_dynamo_compiling
 
 from fastconfig import backends, landing
 from fastconfig.backends.momentum import Segment, segment_on
+from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination
 from fastconfig.landing import GradientRows
+from fastconfig.losses import Losses
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
 from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.momentum import combination_of, take_step
@@ -56,7 +58,7 @@ class MConFIG(torch.optim.Optimizer):
             those that need none later rest until they do again. One that no loss has reached is left alone; one that is
             first reached late starts under the counters of the others, which makes its first updates larger.
         lr: learning rate, a number or a tensor of one element.
-        num_losses: m.
+        num_losses: m; or m names of the losses, for ``record`` and for errors, tables and pictures.
         betas: β₁ of the averages and β₂ of the second moment, in [0, 1). All groups share them.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
@@ -104,7 +106,7 @@ class MConFIG(torch.optim.Optimizer):
         params: Parameters,
         lr: float | Tensor = 1e-3,
         *,
-        num_losses: int,
+        num_losses: int | Sequence[str],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -119,10 +121,11 @@ class MConFIG(torch.optim.Optimizer):
         differentiable: bool = False,
         backend: str | None = None,
     ) -> None:
-        check_count("num_losses", num_losses)
+        self._losses = Losses(num_losses)
+        self._num_losses = m = len(self._losses)
         check_count("losses_per_step", losses_per_step)
-        if losses_per_step > num_losses:
-            raise ValueError(f"losses_per_step must be at most num_losses={num_losses}, got {losses_per_step}")
+        if losses_per_step > m:
+            raise ValueError(f"losses_per_step must be at most num_losses={m}, got {losses_per_step}")
         if differentiable:
             raise ValueError("differentiable must be False, got True: a step is a kernel that autograd cannot see into")
         if state_dtype not in (None, torch.float32, torch.float64):
@@ -130,14 +133,13 @@ class MConFIG(torch.optim.Optimizer):
                 f"state_dtype must be torch.float32, torch.float64 or None, got {state_dtype}; sixteen bits cannot "
                 "hold moving averages"
             )
-        self._num_losses = num_losses
         self._losses_per_step = losses_per_step
-        self._method = DEFAULT_METHOD if method is None else checked_method(method, num_losses)
+        self._method = DEFAULT_METHOD if method is None else checked_method(method, m)
         self._max_norm = checked_norm("max_norm", max_norm)
         self._max_update_norm = checked_norm("max_update_norm", max_update_norm)
         self._state_dtype = state_dtype
         self._backend = backend
-        self._selector = LossSelector(selection, num_losses, losses_per_step, generator)
+        self._selector = LossSelector(selection, m, losses_per_step, generator)
         self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
         self._built = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -151,6 +153,11 @@ class MConFIG(torch.optim.Optimizer):
         return self._num_losses
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The m losses' names; "0", "1" ... where they have none."""
+        return self._losses.names
+
+    @property
     def combination(self) -> Combination:
         """What the last update combined: the averages' Gramian, freed of bias, and their weights. Read, it is computed.
 
@@ -158,7 +165,7 @@ class MConFIG(torch.optim.Optimizer):
         """
         rule = (self._method if isinstance(self._method, ConFIG) else DEFAULT_METHOD).rule
         beta1 = self.param_groups[0]["betas"][0] if self._last_beta1 is None else self._last_beta1
-        return combination_of(self._ledger, beta1, rule.rtol)
+        return combination_of(self._ledger, beta1, rule.rtol, self._losses)
 
     @property
     def steps_left_out(self) -> int:
@@ -174,7 +181,7 @@ class MConFIG(torch.optim.Optimizer):
         return tuple(self._selector.next() for _ in range(self._losses_per_step))
 
     @contextmanager
-    def record(self, loss: int) -> Generator[None, None, None]:
+    def record(self, loss: int | str) -> Generator[None, None, None]:
         """Take what is backpropagated inside the ``with`` block as the gradient of ``loss`` for the next ``step``.
 
         Several backward passes in one block add up, as micro-batches do. Each ``p.grad`` is None inside the block until
@@ -185,7 +192,7 @@ class MConFIG(torch.optim.Optimizer):
         was recorded.
 
         Args:
-            loss: 0 to m - 1.
+            loss: 0 to m - 1, or its name.
 
         Raises:
             TypeError, IndexError: no such loss.
@@ -193,19 +200,20 @@ class MConFIG(torch.optim.Optimizer):
             RuntimeError: inside another ``record`` over some of the same parameters, or a parameter is no longer the
                 one that the optimizer was made for.
         """
-        loss = landing.checked_loss(loss, self._num_losses)
+        loss = self._losses.index(loss)
+        call = f"record({self._losses.argument(loss)})"
         if loss in self._recorded:
             raise ValueError(
-                f"loss {loss} was already recorded for this step; call all its backward passes inside one record, or "
-                "step() in between"
+                f"{self._losses.label(loss)} was already recorded for this step; call all its backward passes inside "
+                "one record, or step() in between"
             )
         slot = len(self._recorded)
         if slot == self._losses_per_step:
             raise ValueError(
-                f"record({loss}) would make {slot + 1} losses in this step, more than losses_per_step={slot}; call "
+                f"{call} would make {slot + 1} losses in this step, more than losses_per_step={slot}; call "
                 "step() first, or make the optimizer with a larger losses_per_step"
             )
-        with self._rows.record(slot, f"record({loss})", shown=True):
+        with self._rows.record(slot, call, shown=True):
             yield
         self._recorded.append(loss)
         if slot > 0:
@@ -272,8 +280,9 @@ class MConFIG(torch.optim.Optimizer):
             )
         if not any(self._rows.reached[: len(self._recorded)]):
             raise RuntimeError(
-                f"step found no gradient: no backward pass inside record reached a parameter, for losses "
-                f"{self._recorded}; if the model's parameters were replaced, make a new MConFIG"
+                "step found no gradient: no backward pass inside record reached a parameter, for "
+                f"{', '.join(map(self._losses.label, self._recorded))}; if the model's parameters were replaced, make "
+                "a new MConFIG"
             )
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and grad_scale is None and len(self._recorded) > 1:
@@ -295,8 +304,10 @@ class MConFIG(torch.optim.Optimizer):
                 grad_scale=grad_scale,
                 found_inf=found_inf if isinstance(found_inf, Tensor) else None,  # 0 where no parameter has a gradient
             )
-        except Exception:
+        except Exception as error:
             self._unreach(newly_reached)
+            if isinstance(error, NonFiniteError):
+                raise self._losses.with_name(error) from None
             raise
         if newly_reached and self.steps_left_out > left_out:  # seldom asked, as it waits for the device
             self._unreach(newly_reached)

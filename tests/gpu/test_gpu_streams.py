@@ -66,6 +66,26 @@ def test_the_same_bits_on_several_streams_at_once(m: int, n: int) -> None:
         assert all(torch.equal(one, wanted[i]) for one in got)
 
 
+def test_a_monitor_waits_for_the_device_only_to_read_a_batch() -> None:
+    model, inputs = torch.nn.Linear(64, 3, device=DEVICE), torch.randn(8, 64, device=DEVICE)
+    buf = fc.GradientBuffer(model, num_losses=3)
+    monitor = fc.ConflictMonitor(buf, modules_every=2)
+
+    def step() -> None:
+        buf.backward(list((model(inputs) - 1.0).square().mean(dim=0)))
+        buf.combine()
+        monitor.step()
+
+    for _ in range(2):  # makes room, compiles
+        step()
+    with synchronising_raises():
+        for _ in range(20):
+            step()
+    assert len(monitor.history) == 22
+    assert (monitor.history.ranks == 3).all()
+    assert sum(row.norm_share for row in monitor.by_module()) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_launches_go_to_the_current_stream(m: int, n: int) -> None:
     """The gradients come to be on that stream, late: launches on any other one would read zeros."""

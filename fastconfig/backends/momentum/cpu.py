@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import cpu
-from fastconfig.backends.rules import ConFIGRule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, NonFiniteError
 from fastconfig.moments import Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 
 if cpu.available() is None:
@@ -74,7 +74,7 @@ class Segment:
             torch.get_num_threads(),
         )
         if bad != _core.FINITE:
-            raise FloatingPointError(nonfinite_message(bad))
+            raise NonFiniteError(bad)
 
 
 def _native_recorded(recorded: Recorded) -> _core.Recorded:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends.reference import CHUNK_ELEMENTS, config_weights
-from fastconfig.backends.rules import ConFIGRule, nonfinite_message
+from fastconfig.backends.rules import ConFIGRule, NonFiniteError
 from fastconfig.moments import HEAD, Decision, Ledger, Moments, Piece, Recorded, StepRule
 
 
@@ -191,7 +191,7 @@ def raise_if_nonfinite(products: Tensor, losses: Sequence[int]) -> None:
     """FloatingPointError if a new average, and so the gradient that entered it, is not finite. Waits for the device."""
     for row, i in zip(products.tolist(), losses, strict=True):
         if not math.isfinite(row[i]):
-            raise FloatingPointError(nonfinite_message(i))
+            raise NonFiniteError(i)
 
 
 def decide(
