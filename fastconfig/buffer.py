@@ -39,6 +39,9 @@ class GradientBuffer:
             are left out; one given twice counts once.
         num_losses: m, the number of losses.
 
+    Attributes:
+        combination: what the last ``combine`` returned; None before the first.
+
     Raises:
         TypeError: a parameter that is not a dense floating-point or complex tensor; num_losses not an int.
         ValueError: no parameter that needs a gradient; a non-leaf tensor; num_losses under 1.
@@ -63,6 +66,7 @@ class GradientBuffer:
             raise ValueError(f"num_losses must be at least 1, got {num_losses}")
         groups = landing.by_kind(landing.trained(parameters))
         self._num_losses = num_losses
+        self.combination: Combination | None = None
         self._rows = GradientRows([Segment(group, num_losses) for group in groups], num_losses, "GradientBuffer")
         self._grad_views = [view for segment in self.segments for view in segment.views(segment.grad)]
 
@@ -184,7 +188,8 @@ class GradientBuffer:
         combine_segments(segments, method, gramian, weights)
         self._hang_grad(reached)
         rtol = (method if isinstance(method, ConFIG) else DEFAULT_METHOD).rule.rtol
-        return Combination(gramian, weights, rtol)
+        self.combination = Combination(gramian, weights, rtol)
+        return self.combination
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{seg.rows.shape[1]} {str(seg.dtype)[6:]} on {seg.device}" for seg in self.segments)
