@@ -1,9 +1,10 @@
 """Conflict-free gradients for training on several losses. Start with ``combine`` or ``GradientBuffer``."""
 
-from fastconfig import optim, torchjd
+from fastconfig import optim, torchjd, weightings
 from fastconfig.api import combine, gramian
 from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
+from fastconfig.conflict_lr import ConflictAwareLR
 from fastconfig.diagnostics import show_config
 from fastconfig.history import ConflictHistory
 from fastconfig.methods import (
@@ -39,6 +40,7 @@ __all__ = [
     "CAGrad",
     "Combination",
     "ConFIG",
+    "ConflictAwareLR",
     "ConflictHistory",
     "ConflictMonitor",
     "Constant",
@@ -62,4 +64,5 @@ __all__ = [
     "optim",
     "show_config",
     "torchjd",
+    "weightings",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -190,3 +191,25 @@ def _overlaps(out: Tensor, grads: Tensor) -> bool:
     first = max((begin - row) // step + 1, 0)
     last = min(-(-end // step) - 1, grads.shape[0] - 1)
     return first <= last
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, ends: bool = True) -> float:
+    """The number; TypeError unless it is real, ValueError unless finite and from ``low`` to ``high``.
+
+    Args:
+        name: what the error calls it.
+        value: the number.
+        low: the least it may be.
+        high: the most.
+        ends: whether these two belong to the interval.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (low <= value <= high and math.isfinite(value)) or (not ends and value in (low, high)):
+        if math.isinf(low):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if math.isinf(high):
+            raise ValueError(f"{name} must be finite and {'at least' if ends else 'above'} {low:g}, got {value}")
+        interval = f"[{low:g}, {high:g}]" if ends else f"({low:g}, {high:g})"
+        raise ValueError(f"{name} must lie in {interval}, got {value}")
+    return float(value)

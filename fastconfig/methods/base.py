@@ -171,25 +171,6 @@ def check_nonfinite(nonfinite: NonFinite) -> str:
     return nonfinite
 
 
-def check_number(
-    name: str, value: float, least: float = 0.0, most: float = math.inf, *, open_at_least: bool = False
-) -> float:
-    """A finite number in [least, most]; where ``open_at_least``, not least itself.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: outside.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    inside = least < value <= most if open_at_least else least <= value <= most
-    if not (inside and math.isfinite(value)):
-        bracket = "(" if open_at_least else "["
-        end = "inf)" if most == math.inf else f"{most:g}]"
-        raise ValueError(f"{name} must lie in {bracket}{least:g}, {end}, got {value}")
-    return float(value)
-
-
 def check_count(name: str, value: int, least: int = 1) -> int:
     """An int of at least ``least``. TypeError, ValueError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -29,10 +29,10 @@ from fastconfig.methods.base import (
     check_count,
     check_generator,
     check_nonfinite,
-    check_number,
     check_preferences,
 )
 from fastconfig.methods.solvers import least_norm_point, nonnegative
+from fastconfig.validation import check_number
 
 RESCALES = (0, 1, 2)
 
@@ -106,7 +106,7 @@ class CAGrad(StatefulMethod):
     ) -> None:
         if isinstance(rescale, bool) or rescale not in RESCALES:
             raise ValueError(f"rescale must be 0 (none), 1 (by 1 + c²) or 2 (by 1 + c), got {rescale!r}")
-        self._c, self._rescale = check_number("c", c), float(rescale)
+        self._c, self._rescale = check_number("c", c, 0.0), float(rescale)
         self._fast = None if fast is None else check_count("fast", fast, least=2)
         preferences = check_preferences(weights)
         if fast is not None and preferences is not None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastconfig.methods.base import Method, Stateful, check_gramian, check_number
+from fastconfig.methods.base import Method, Stateful, check_gramian
+from fastconfig.validation import check_number
 
 
 class CRMOGM(Stateful):
@@ -36,7 +37,7 @@ class CRMOGM(Stateful):
         if isinstance(method, type) or not callable(getattr(method, "weights", None)):
             raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.MGDA()")
         self.method = method
-        self.alpha = check_number("alpha", alpha, most=1.0)
+        self.alpha = check_number("alpha", alpha, 0.0, 1.0)
 
     def weights(self, gramian: Tensor) -> Tensor:
         """The smoothed coefficients c, (m,) float64, for a Gramian (m, m).

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fastconfig.backends.problem import Problem, Vector, reference_of
 from fastconfig.backends.rules import GramianRule, NonFinite
-from fastconfig.methods.base import GramianMethod, check_nonfinite, check_number, check_preferences
+from fastconfig.methods.base import GramianMethod, check_nonfinite, check_preferences
 from fastconfig.methods.solvers import bargain
+from fastconfig.validation import check_number
 
 
 @reference_of("fairgrad", only_preferred=True)
@@ -62,7 +63,7 @@ class FairGrad(GramianMethod):
         weights: Sequence[float] | Tensor | None = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        number = check_number("alpha", alpha, least=0.05)
+        number = check_number("alpha", alpha, 0.05)
         preferences = check_preferences(weights)
         rule = GramianRule("fairgrad", (number,), preferences, check_nonfinite(nonfinite))
         super().__init__(rule, alpha=number, weights=preferences)

@@ -26,11 +26,11 @@ from fastconfig.methods.base import (
     StatefulMethod,
     check_generator,
     check_nonfinite,
-    check_number,
     check_preferences,
     draw,
 )
 from fastconfig.methods.pcgrad import order_of
+from fastconfig.validation import check_number
 
 
 @reference_of("gradvac")
@@ -85,7 +85,7 @@ class GradVac(StatefulMethod):
         weights: Sequence[float] | Tensor | None = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        number = check_number("beta", beta, most=1.0)
+        number = check_number("beta", beta, 0.0, 1.0)
         preferences = check_preferences(weights)
         rule = GramianRule("gradvac", (number,), preferences, check_nonfinite(nonfinite))
         super().__init__(rule, beta=number, weights=preferences)

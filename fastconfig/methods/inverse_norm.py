@@ -7,14 +7,15 @@ Degenerate cases: opposed gradients of equal weight cancel to rounding. The sum 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from fastconfig.backends.problem import Problem, Vector, reference_of
 from fastconfig.backends.rules import GramianRule, NonFinite
-from fastconfig.methods.base import GramianMethod, check_nonfinite, check_number, check_preferences
+from fastconfig.methods.base import GramianMethod, check_nonfinite, check_preferences
+from fastconfig.validation import check_number
 
 
 @reference_of("inverse_norm")
@@ -51,7 +52,7 @@ class InverseNorm(GramianMethod):
         nonfinite: NonFinite = "propagate",
     ) -> None:
         preferences = check_preferences(weights)
-        number = check_number("power", power, least=-np.inf)
+        number = check_number("power", power, -math.inf)
         super().__init__(
             GramianRule("inverse_norm", (number,), preferences, check_nonfinite(nonfinite)),
             power=number,

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastconfig.backends.problem import Problem, Vector, reference_of
 from fastconfig.backends.rules import GramianRule, NonFinite
-from fastconfig.methods.base import StatefulMethod, check_count, check_nonfinite, check_number, check_preferences
+from fastconfig.methods.base import StatefulMethod, check_count, check_nonfinite, check_preferences
 from fastconfig.methods.solvers import bargain
+from fastconfig.validation import check_number
 
 
 @reference_of("nash", only_preferred=True)
@@ -65,7 +66,7 @@ class NashMTL(StatefulMethod):
         nonfinite: NonFinite = "propagate",
     ) -> None:
         self._every = check_count("update_every", update_every)
-        self._most = 0.0 if max_norm is None else check_number("max_norm", max_norm, open_at_least=True)
+        self._most = 0.0 if max_norm is None else check_number("max_norm", max_norm, 0.0, ends=False)
         preferences = check_preferences(weights)
         most = self._most if self._every == 1 else 0.0
         super().__init__(

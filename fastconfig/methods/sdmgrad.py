@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fastconfig.backends.problem import Problem, Vector, reference_of
 from fastconfig.backends.rules import GramianRule, NonFinite
-from fastconfig.methods.base import StatefulMethod, check_count, check_nonfinite, check_number, check_preferences
+from fastconfig.methods.base import StatefulMethod, check_count, check_nonfinite, check_preferences
+from fastconfig.validation import check_number
 
 
 @reference_of("sdmgrad")
@@ -83,9 +84,9 @@ class SDMGrad(StatefulMethod):
         nonfinite: NonFinite = "propagate",
     ) -> None:
         numbers = (
-            check_number("lam", lam),
-            check_number("lr", lr, open_at_least=True),
-            check_number("momentum", momentum, most=1.0 - 2.0**-53),
+            check_number("lam", lam, 0.0),
+            check_number("lr", lr, 0.0, ends=False),
+            check_number("momentum", momentum, 0.0, 1.0 - 2.0**-53),
             float(check_count("steps", steps)),
         )
         preferences = check_preferences(weights)
