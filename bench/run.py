@@ -23,7 +23,14 @@ HERE = Path(__file__).parent
 
 TITLES = {
     "combination": "one combination",
+    "method": "one combination by each method",
     "step": "one step of M-ConFIG, one loss backpropagated before it",
+}
+
+COLUMNS = {
+    "combination": ("time", "/ floor", "fastconfig is", "error", "least cosine", "peak, n elements"),
+    "method": ("time", "/ ConFIG, in turns", "torchjd", "torchjd / fastconfig, in turns"),
+    "step": ("time", "/ floor", "fastconfig is", "/ floor, in turns"),
 }
 
 
@@ -86,14 +93,13 @@ def table_of(cases: list[dict], title: str, machine: dict[str, str]) -> Table:
     table = Table(title=f"{title}, medians · {machine['cpu']} · torch {machine['torch']} · {machine['isa']}")
     for name in ("m, n, dtype", "contender"):
         table.add_column(name)
-    steps = any("of_floor_in_turns" in case for case in cases)
-    others = ("/ floor, in turns",) if steps else ("error", "least cosine", "peak, n elements")
-    for name in ("time", "/ floor", "fastconfig is", *others):
+    kind = cases[0]["kind"]
+    for name in COLUMNS[kind]:
         table.add_column(name, justify="right")
     for group in grouped(cases):
         times = {case["contender"]: case["median_s"] for case in group}
         for case in group:
-            table.add_row(*row_of(case, times, steps), end_section=case is group[-1])
+            table.add_row(*row_of(case, times), end_section=case is group[-1])
     return table
 
 
@@ -103,14 +109,19 @@ def grouped(cases: list[dict]) -> Iterator[list[dict]]:
         yield [case for case in cases if (case["m"], case["n"], case["dtype"]) == key]
 
 
-def row_of(case: dict, times: dict[str, float], steps: bool) -> Iterator[str]:
+def row_of(case: dict, times: dict[str, float]) -> Iterator[str]:
     seconds, name = case["median_s"], case["contender"]
     yield f"{case['m']}, {case['n']:.0e}, {case['dtype']}"
     yield name
-    yield f"{seconds * 1e6:,.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
+    yield time_of(seconds)
+    if case["kind"] == "method":
+        yield f"{case['of_config_in_turns']:.2f}"
+        yield time_of(case["torchjd_s"]) if "torchjd_s" in case else ""
+        yield f"{case['torchjd_in_turns']:,.1f}" if "torchjd_s" in case else ""
+        return
     yield f"{seconds / times['floor']:.2f}" if "floor" in times else ""
     yield f"{seconds / times['fastconfig']:.1f} × faster" if name != "floor" and "fastconfig" in times else ""
-    if steps:
+    if case["kind"] == "step":
         yield f"{case['of_floor_in_turns']:.2f}" if "of_floor_in_turns" in case else ""
         return
     yield f"{case['error']:.1e}" if "error" in case else ""
@@ -118,6 +129,10 @@ def row_of(case: dict, times: dict[str, float], steps: bool) -> Iterator[str]:
     peak = case.get("peak_bytes")
     size = {"float32": 4, "bfloat16": 2}[case["dtype"]]
     yield f"{peak / size / case['n']:.1f}" if peak is not None and case["n"] >= 1_000_000 else ""
+
+
+def time_of(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
 
 
 if __name__ == "__main__":

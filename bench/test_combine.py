@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contenders import CONTENDERS, FLOAT32_ONLY, SHAPES, Shape, quality
+from contenders import CONTENDERS, FLOAT32_ONLY, SHAPES, quality
 
 CASES = [
     pytest.param(shape, name, id=f"{shape.name}-{name}")
@@ -15,20 +15,6 @@ CASES = [
 ]
 MEASURED_SECONDS = 3.0
 """How long a case is timed, five calls at least: a shared machine is slow for seconds at a time."""
-
-
-@pytest.fixture(scope="module")
-def gradients():
-    """The gradients of the current shape, drawn once."""
-    kept = {}
-
-    def of(shape: Shape) -> torch.Tensor:
-        if shape not in kept:
-            kept.clear()
-            kept[shape] = shape.gradients()
-        return kept[shape]
-
-    return of
 
 
 def peak_growth(call) -> int | None:
