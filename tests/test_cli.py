@@ -13,6 +13,7 @@ import torch
 
 import fastconfig as fc
 from fastconfig import cli
+from fastconfig.methods.catalogue import CATALOGUE
 
 DEMO = ["demo", "burgers"]
 
@@ -36,6 +37,7 @@ def refused(capsys, arguments):
         ("--steps", "0", "at least 1"),
         ("--steps", "-3", "at least 1"),
         ("--steps", "2.5", "whole number"),
+        ("--method", "sgd", "choose from"),
         ("--seconds", "0", "above 0"),
         ("--seconds", "-1", "above 0"),
         ("--seconds", "nan", "finite"),
@@ -81,6 +83,17 @@ def test_a_directory_in_the_pictures_place_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["demo"], ["nonsense"], ["demo", "nonsense"]])
 def test_a_missing_or_unknown_command_is_refused(capsys, arguments):
     assert "error" in refused(capsys, arguments)
+
+
+def test_methods_lists_every_method_with_its_source(capsys):
+    assert cli.main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(CATALOGUE)
+    for line, entry in zip(lines, CATALOGUE.values(), strict=True):
+        assert entry.rule in line
+        assert line.endswith(entry.source)
+    exported = {name.lower() for name in fc.__all__ if isinstance(getattr(fc, name), type)}
+    assert set(CATALOGUE) <= exported
 
 
 def test_doctor_shows_the_configuration(monkeypatch):
