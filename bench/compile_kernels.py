@@ -770,7 +770,8 @@ def wide_loads_a_step(this: Specialisation) -> int:
     if this.kernel == "combination":
         return min(m, geometry.FEW)
     if this.kernel == "graddrop":
-        return min(m, geometry.DROPPED_TOGETHER)
+        # Of more rows, loads that LLVM merges where it unrolls the loop over them lose the line that they stand on.
+        return m if m <= geometry.DROPPED_TOGETHER else 1
     each = 2 if gradients_are_wide(this) else 1
     written = each * math.ceil(m / math.ceil(m / writing.TOGETHER.value)) + 1
     if this.kernel == "moments_of_few":

@@ -151,10 +151,11 @@ def graddrop(m: int, itemsize: int, split: bool) -> Combination:
     """The launch of GradDrop: a thread has up to four float64 sums a column in its registers, and draws.
 
     That is half as many threads as the combination has, with 128 registers each. Where each column draws by itself
-    (``split``) it is 168, and of 16-bit rows, of which a thread takes eight columns: 168 hold up to four rows, 255 any
-    number.
+    (``split``), and of 16-bit rows, of which a thread takes eight columns, 168 hold up to four rows, 255 any number.
     """
-    programs = (3 if split else 4) if itemsize > 2 else 3 if m <= DROPPED_TOGETHER else 2
+    if itemsize > 2 and not split:
+        return Combination(programs=4)
+    programs = 3 if m <= DROPPED_TOGETHER else 2
     return Combination(programs=programs)
 
 
