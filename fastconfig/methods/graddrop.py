@@ -45,6 +45,8 @@ class GradDrop:
     A GradientBuffer's record has the Gramian, for one pass more, and NaN for weights: each parameter has its own.
     """
 
+    source = "Chen et al., NeurIPS 2020, arXiv 2010.06808"
+
     def __init__(
         self, leak: float | Sequence[float] | Tensor | None = None, generator: torch.Generator | None = None
     ) -> None:
