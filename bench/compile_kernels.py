@@ -38,7 +38,16 @@ from unittest import mock
 
 import torch
 import triton
-from fastconfig.kernels import combination, geometry, gramian, launched, launched_momentum, launched_tables, writing
+from fastconfig.kernels import (
+    combination,
+    geometry,
+    graddrop,
+    gramian,
+    launched,
+    launched_momentum,
+    launched_tables,
+    writing,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -110,6 +119,9 @@ class Problem:
     length: str | int = "projection"
     directed: bool = False
     nonfinite: str = "propagate"
+    leaky: bool = False
+    column: int = 0
+    """Of GradDrop: whether anything leaks, and the number of the first column."""
 
     def rows(self) -> Rows:
         """Uninitialised memory, which nothing reads: only its addresses matter."""
@@ -129,6 +141,10 @@ class Problem:
             backend.gramian(rows)
         elif self.call == "apply":
             backend.apply(rows, torch.empty(self.m), torch.empty(self.n, dtype=self.dtype))
+        elif self.call == "graddrop":
+            leak = torch.empty(self.m, dtype=torch.float64) if self.leaky else None
+            seed = torch.empty(1, dtype=torch.int64)
+            backend.graddrop(rows, leak, seed, self.column, torch.empty(self.n, dtype=self.dtype))
         elif self.call == "config_weights":
             backend.config_weights(torch.empty(self.m, self.m, dtype=torch.float64), self.rule())
         else:
@@ -224,6 +240,17 @@ def varied_problems() -> Iterator[Problem]:
         yield replace(problem, call="apply")
     for m in (8, 33):
         yield from other_rules(Problem(m, call="config_weights"))
+    yield from drop_problems()
+
+
+def drop_problems() -> Iterator[Problem]:
+    """GradDrop by number of losses and dtype, and every other choice one at a time."""
+    for m, dtype in itertools.product((*FEW, 9, 40), DTYPES):
+        yield Problem(m, dtype, call="graddrop")
+        yield Problem(m, dtype, call="graddrop", leaky=True)
+    for m, dtype in itertools.product((3, 8, 40), DTYPES):
+        yield from other_layouts(Problem(m, dtype, call="graddrop", leaky=m == 8))
+        yield Problem(m, dtype, call="graddrop", column=1)
 
 
 def other_rules(problem: Problem) -> Iterator[Problem]:
@@ -254,12 +281,18 @@ def subset_problems() -> Iterator[Problem]:
     yield Problem(64, torch.float16, vectors=True, call="gramian")
     yield Problem(2, call="config_weights")
     yield Problem(64, call="config_weights")
+    yield Problem(3, call="graddrop")
+    yield Problem(8, torch.bfloat16, call="graddrop", leaky=True)
+    yield Problem(4, call="graddrop", vectors=True)
+    yield Problem(2, torch.float64, call="graddrop", aligned=False, column=1)
+    yield Problem(5, torch.float64, call="graddrop")
+    yield Problem(40, call="graddrop", leaky=True)
 
 
 # -------------------------------------------------------------------------------------------------------- recording
 
 MODULES = {
-    launched: ("config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses"),
+    launched: ("config_of_few", "config_of_many", "config_of_gramian", "combination", "graddrop", "table_of_addresses"),
     launched_momentum: ("moments_of_few", "moments_of_many", "momentum_update"),
     launched_tables: ("table_of_gradients", "table_of_group"),
 }
@@ -430,7 +463,7 @@ class Lines(NamedTuple):
         return isinstance(place, Place) and place.file == self.file and self.first <= place.line <= self.last
 
 
-READERS = ("pair_products", "block_tile", "used_elements", "state_tile")
+READERS = ("pair_products", "block_tile", "used_elements", "row_elements", "state_tile")
 """The functions that read elements of rows and nothing else."""
 GRADIENT_READERS = ("gradient_tile",)
 """Those that read elements of gradients which may be narrower than the averages that they enter."""
@@ -454,7 +487,7 @@ def calls_in(module: ModuleType) -> Iterator[tuple[Lines, str, bool]]:
             yield Lines(path.name, call.lineno, call.end_lineno), call.func.id, whole
 
 
-CALLS = (*calls_in(gramian), *calls_in(combination), *calls_in(writing))
+CALLS = (*calls_in(gramian), *calls_in(combination), *calls_in(graddrop), *calls_in(writing))
 READING = tuple(lines for lines, name, _ in CALLS if name in READERS)
 READING_GRADIENTS = tuple(lines for lines, name, _ in CALLS if name in GRADIENT_READERS)
 STREAMING = tuple(lines for lines, _, whole in CALLS if whole)
@@ -736,6 +769,9 @@ def wide_loads_a_step(this: Specialisation) -> int:
         return m * constants["UNROLL"] + (m if "out" not in constants else 0)
     if this.kernel == "combination":
         return min(m, geometry.FEW)
+    if this.kernel == "graddrop":
+        # Of more rows, loads that LLVM merges where it unrolls the loop over them lose the line that they stand on.
+        return m if m <= geometry.DROPPED_TOGETHER else 1
     each = 2 if gradients_are_wide(this) else 1
     written = each * math.ceil(m / math.ceil(m / writing.TOGETHER.value)) + 1
     if this.kernel == "moments_of_few":

@@ -68,6 +68,16 @@ void apply(const py::handle& where, int64_t n, DType dtype, std::uintptr_t weigh
                  reinterpret_cast<void*>(out));
 }
 
+// leak may be 0: nothing leaks. `seed` is where the 64-bit seed stands.
+void graddrop(const py::handle& where, int64_t n, DType dtype, std::uintptr_t leak, std::uintptr_t seed, int64_t column,
+              std::uintptr_t out, int threads) {
+    const std::vector<const void*> row = addresses(where);
+    const Engine engine{active_tier, threads};
+    py::gil_scoped_release release;
+    engine.graddrop({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(leak),
+                    {*reinterpret_cast<const std::uint64_t*>(seed), column}, reinterpret_cast<void*>(out));
+}
+
 // operand may be 0, where the rule takes none; gramian and weights too: then they are kept nowhere.
 int64_t combine(const py::handle& where, int64_t n, DType dtype, const Rule& rule, std::uintptr_t operand,
                 std::uintptr_t out, std::uintptr_t gramian, std::uintptr_t weights, int threads) {
@@ -190,6 +200,7 @@ PYBIND11_MODULE(_core, module) {
     module.def("apply", &apply);
     module.def("combine", &combine);
     module.def("rule_weights", &rule_weights);
+    module.def("graddrop", &graddrop);
     module.def("tiers", &tier_names, "ISA tiers this machine can run, weakest first.");
     module.def("active_tier", [] { return active_tier->name; });
     module.def("use_tier", &use_tier);

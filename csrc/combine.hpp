@@ -82,24 +82,31 @@ inline void stream(void* target, const void* source, int64_t bytes) {
     __builtin_memcpy(static_cast<char*>(target) + done, static_cast<const char*>(source) + done, bytes - done);
 }
 
-template <class T>
-void combine(const void* const* row, const double* c, int64_t m, Columns columns, void* out, bool past_cache) {
+// Calls write(columns, to) for one strip of `columns` after the other; with `past_cache` what it wrote is streamed.
+template <class T, class Write>
+void by_strips(Columns columns, void* out, bool past_cache, Write write) {
     typedef typename T::Element Element;
     Element* target = static_cast<Element*>(out);
     const int64_t last = columns.first + columns.count;
-    if (m == 0) {
-        __builtin_memset(target + columns.first, 0, columns.count * sizeof(Element));
-        return;
-    }
     const bool streamed =
         FASTCONFIG_X86 && past_cache && reinterpret_cast<uintptr_t>(target + columns.first) % sizeof(Doubles) == 0;
     alignas(64) Element strip[kStrip];
     for (int64_t first = columns.first; first < last; first += kStrip) {
-        int64_t count = last - first < kStrip ? last - first : kStrip;
-        combine_strip<T>(row, c, m, {first, count}, streamed ? strip : target + first);
+        const int64_t count = last - first < kStrip ? last - first : kStrip;
+        write(Columns{first, count}, streamed ? strip : target + first);
         if (streamed) stream(target + first, strip, count * sizeof(Element));
     }
 #if FASTCONFIG_X86
     if (streamed) _mm_sfence();  // streamed stores are weakly ordered: they must be seen before the block is done
 #endif
+}
+
+template <class T>
+void combine(const void* const* row, const double* c, int64_t m, Columns columns, void* out, bool past_cache) {
+    typedef typename T::Element Element;
+    if (m == 0) {
+        __builtin_memset(static_cast<Element*>(out) + columns.first, 0, columns.count * sizeof(Element));
+        return;
+    }
+    by_strips<T>(columns, out, past_cache, [&](Columns strip, Element* to) { combine_strip<T>(row, c, m, strip, to); });
 }

@@ -35,9 +35,11 @@ struct Used {
     int64_t size() const { return static_cast<int64_t>(row.size()); }
 };
 
+bool is_streamed(const Rows& rows) { return rows.n * size_of(rows.dtype) >= kStreamBytes; }
+
 void combine_block(const Tier& tier, const Rows& rows, const Used& used, Columns columns, void* out) {
-    const bool stream = rows.n * size_of(rows.dtype) >= kStreamBytes;
-    tier.combine[static_cast<int>(rows.dtype)](used.row.data(), used.weight.data(), used.size(), columns, out, stream);
+    tier.combine[static_cast<int>(rows.dtype)](used.row.data(), used.weight.data(), used.size(), columns, out,
+                                               is_streamed(rows));
 }
 
 }  // namespace
@@ -61,6 +63,14 @@ void Engine::apply(const Rows& rows, const double* weights, void* out) const {
     const Blocks blocks(rows.m, rows.n);
     for_each_block(blocks.count(), threads_for(blocks, rows.m * rows.n, threads), true,
                    [&](int64_t block, int64_t) { combine_block(*tier, rows, used, blocks[block], out); });
+}
+
+void Engine::graddrop(const Rows& rows, const double* leak, Draw draw, void* out) const {
+    const Blocks blocks(rows.m, rows.n);
+    const auto kernel = tier->graddrop[static_cast<int>(rows.dtype)];
+    for_each_block(blocks.count(), threads_for(blocks, rows.m * rows.n, threads), true, [&](int64_t block, int64_t) {
+        kernel(rows.row, leak, rows.m, blocks[block], draw, out, is_streamed(rows));
+    });
 }
 
 int64_t Engine::combine(const Rows& rows, const Rule& rule, double* operand, void* out, double* gramian,

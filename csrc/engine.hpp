@@ -18,8 +18,11 @@ struct Engine {
     // out (n,) = Σ c_i g_i; rows of weight 0 are not read.
     void apply(const Rows& rows, const double* weights, void* out) const;
 
-    // Both, with a method's weights in between. gramian (m, m) and weights (m,) receive K and c. Returns as
-    // Rule::weights does; where that is a row, out is untouched.
+    // out (n,) by GradDrop; leak (m,), or null for zeros.
+    void graddrop(const Rows& rows, const double* leak, Draw draw, void* out) const;
+
+    // Gramian and combination, with a method's weights in between. gramian (m, m) and weights (m,) receive K and c.
+    // Returns as Rule::weights does; where that is a row, out is untouched.
     int64_t combine(const Rows& rows, const Rule& rule, double* operand, void* out, double* gramian,
                     double* weights) const;
 };

@@ -1,4 +1,4 @@
-// The two streaming kernels as one instruction-set tier provides them, and the choice among tiers at run time.
+// The streaming kernels as one instruction-set tier provides them, and the choice among tiers at run time.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,12 @@ constexpr int64_t packed_size(int64_t m) { return m * (m + 1) / 2; }
 struct Columns {
     int64_t first;
     int64_t count;
+};
+
+// What GradDrop draws by: Philox's key, and the number in the whole of the column 0 of these rows.
+struct Draw {
+    uint64_t seed;
+    int64_t column;
 };
 
 // M-ConFIG's averages and the gradients that enter them. The first k of the m averages are those with a new gradient.
@@ -75,6 +81,11 @@ struct Tier {
     // (16-bit ones by way of float32); `stream` writes past the cache.
     void (*combine[kDTypes])(const void* const* row, const double* c, int64_t m, Columns columns, void* out,
                              bool stream);
+
+    // out[columns] = Σ (leak_i + (1 - leak_i) kept_i) g_i, kept_i being 1 for the elements of the sign that was drawn,
+    // else 0; `leak` null for zeros. Accumulated and rounded as combine does.
+    void (*graddrop[kDTypes])(const void* const* row, const double* leak, int64_t m, Columns columns, Draw draw,
+                              void* out, bool stream);
 
     // M-ConFIG's, by the state's type (float32, float64) and the gradients', which is no wider; else null.
 

@@ -12,6 +12,10 @@
 #include "combine.hpp"
 #include "convert.hpp"
 #include "gramian.hpp"
+// after combine.hpp, whose strips they go by
+#include "philox.hpp"
+// after philox.hpp, by which it draws
+#include "graddrop.hpp"
 // after them: it streams by combine.hpp's strips and multiplies by gramian.hpp's tiles.
 #include "moments.hpp"
 
@@ -21,6 +25,7 @@ const Tier kTier = {FASTCONFIG_TIER_NAME,
                     scratch_size,
                     {gramian<Float32>, gramian<Float64>, gramian<BFloat16>, gramian<Float16>},
                     {combine<Float32>, combine<Float64>, combine<BFloat16>, combine<Float16>},
+                    {graddrop<Float32>, graddrop<Float64>, graddrop<BFloat16>, graddrop<Float16>},
                     momentum_scratch,
                     {{momentum_products<Float32, Float32>, nullptr, momentum_products<Float32, BFloat16>,
                       momentum_products<Float32, Float16>},

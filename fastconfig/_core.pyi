@@ -41,6 +41,9 @@ _Rows = tuple[int, int, int] | list[int]
 
 def gramian(rows: _Rows, n: int, dtype: DType, out: int, threads: int, /) -> None: ...
 def apply(rows: _Rows, n: int, dtype: DType, weights: int, out: int, threads: int, /) -> None: ...
+def graddrop(
+    rows: _Rows, n: int, dtype: DType, leak: int, seed: int, column: int, out: int, threads: int, /
+) -> None: ...
 def combine(
     rows: _Rows,
     n: int,

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastconfig.combination import combine_rows
-from fastconfig.methods import DEFAULT_METHOD, Method
+from fastconfig.methods import DEFAULT_METHOD, Method, StreamingMethod
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_out, check_rows, complex_dtype_of
 
 
 def combine(
     grads: Tensor | Sequence[Tensor],
-    method: Method | None = None,
+    method: Method | StreamingMethod | None = None,
     *,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -25,7 +25,7 @@ def combine(
     Args:
         grads: (m, n) tensor, or a sequence of m vectors of shape (n,) that are then not stacked: one gradient a loss.
             float32, float64, bfloat16, float16 or complex (combined as its real view). m ≥ 1, n ≥ 0.
-        method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
+        method: the rule from the Gramian to the weights, or ``GradDrop``; ``ConFIG()`` by default.
         out: (n,) contiguous tensor of the rows' dtype and device to write to, apart from ``grads`` in memory
             and not requiring grad.
         backend: "auto", "cpu", "triton" or "reference"; by default FASTCONFIG_BACKEND, or "auto".

@@ -17,7 +17,7 @@ from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination, combine_segments
 from fastconfig.landing import GradientRows
 from fastconfig.losses import Losses
-from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
+from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.rows import Rows
 
@@ -182,7 +182,7 @@ class GradientBuffer:
             self.zero()
             raise
 
-    def combine(self, method: Method | None = None) -> Combination:
+    def combine(self, method: Method | StreamingMethod | None = None) -> Combination:
         """Combine the rows into ``grad`` and make every ``p.grad`` a view of it.
 
         Rows keep their content until they are recorded again or ``zero`` is called. A parameter that no loss reached
@@ -190,7 +190,7 @@ class GradientBuffer:
         ``p.grad`` is replaced.
 
         Args:
-            method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
+            method: the rule from the Gramian to the weights, or ``GradDrop``; ``ConFIG()`` by default.
 
         Raises:
             RuntimeError: inside ``record``; nothing was recorded since the buffer was made or zeroed; or a parameter is

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastconfig.backends import Backend
 from fastconfig.losses import Losses
-from fastconfig.methods import ConFIG, GramianMethod, Method
+from fastconfig.methods import ConFIG, GramianMethod, Method, StreamingMethod, is_streaming
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.rows import Rows
 from fastconfig.validation import check_method_weights
@@ -19,12 +19,15 @@ from fastconfig.validation import check_method_weights
 def combine_rows(
     backend: Backend,
     rows: Rows,
-    method: Method,
+    method: Method | StreamingMethod,
     out: Tensor,
     gramian_out: Tensor | None = None,
     weights_out: Tensor | None = None,
 ) -> None:
-    """Combine validated rows into ``out`` (n,), and keep K (m, m) and c (m,) where tensors for them are given."""
+    """Combine validated rows into ``out`` (n,), and keep K (m, m) and c (m,) where tensors for them are given.
+
+    A streaming method has no c: it is kept as NaN.
+    """
     if type(method) is ConFIG and not callable(method.rule.length):
         method.rule.check_losses(rows.m)
         backend.config_combine(rows, method.rule, out, gramian_out, weights_out)
@@ -32,6 +35,14 @@ def combine_rows(
     if isinstance(method, GramianMethod) and method.is_fused:
         method.rule.check_losses(rows.m)
         backend.rule_combine(rows, method.rule, method.operand(rows.m, rows.device), out, gramian_out, weights_out)
+        return
+    if is_streaming(method):
+        gramian = None if gramian_out is None else backend.gramian(rows)
+        method.combine_rows([(backend, rows, out)])
+        if gramian_out is not None and gramian is not None:
+            gramian_out.copy_(gramian)
+        if weights_out is not None:
+            weights_out.fill_(torch.nan)
         return
     gramian = backend.gramian(rows)
     weights = check_method_weights(weights_of(method, gramian), gramian, method)
@@ -42,14 +53,16 @@ def combine_rows(
         weights_out.copy_(weights)
 
 
-def combine_segments(segments: Sequence[tuple[Rows, Tensor]], method: Method, gramian: Tensor, weights: Tensor) -> None:
+def combine_segments(
+    segments: Sequence[tuple[Rows, Tensor]], method: Method | StreamingMethod, gramian: Tensor, weights: Tensor
+) -> None:
     """Combine segments of columns as one problem: the Gramian is additive over columns, the weights are shared.
 
     Args:
         segments: for each, its rows and its (n_segment,) output. Dtypes and devices may differ between segments.
-        method: the rule from the summed Gramian to the weights.
+        method: the rule from the summed Gramian to the weights, or the streaming method.
         gramian: (m, m) float64, overwritten with K, on the device where the method is to run.
-        weights: (m,) float64, overwritten with c, on the same device.
+        weights: (m,) float64, overwritten with c, on the same device; NaN by a streaming method, which has none.
     """
     if len(segments) == 1:
         rows, out = segments[0]
@@ -58,6 +71,10 @@ def combine_segments(segments: Sequence[tuple[Rows, Tensor]], method: Method, gr
     gramian.zero_()
     for rows, out in segments:
         gramian += _backend_of(rows, out).gramian(rows).to(gramian.device)
+    if is_streaming(method):
+        method.combine_rows([(_backend_of(rows, out), rows, out) for rows, out in segments])
+        weights.fill_(torch.nan)
+        return
     weights.copy_(check_method_weights(weights_of(method, gramian), gramian, method))
     for rows, out in segments:
         _backend_of(rows, out).apply(rows, weights.to(rows.device), out)
@@ -67,11 +84,23 @@ def _backend_of(rows: Rows, out: Tensor) -> Backend:
     return backend_for(rows.device, None, is_traced(rows.matrix, rows.vectors, out))
 
 
-def weights_of(method: Method, gramian: Tensor) -> object:
-    """What a method answers, unchecked. TypeError where it is no method."""
-    if isinstance(method, type) or not callable(getattr(method, "weights", None)):
+def weights_of(method: object, gramian: Tensor) -> object:
+    """What a method answers, unchecked. TypeError where it has no weights to answer with."""
+    if is_streaming(method):
+        raise TypeError(no_weights_message(method))
+    weights = getattr(method, "weights", None)
+    if isinstance(method, type) or not callable(weights):
         raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
-    return method.weights(gramian)
+    answer: object = weights(gramian)
+    return answer
+
+
+def no_weights_message(method: object) -> str:
+    """Why a streaming method cannot stand where weights are needed."""
+    return (
+        f"{method!r} has no weights(gramian), as it treats every parameter by itself; "
+        "use it in fc.combine or fc.GradientBuffer.combine"
+    )
 
 
 class Combination:
@@ -79,7 +108,7 @@ class Combination:
 
     Attributes:
         gramian: (m, m) float64, K_ij = g_i · g_j.
-        weights: (m,) float64, the coefficients c of Σ c_i g_i.
+        weights: (m,) float64, the coefficients c of Σ c_i g_i; NaN of a method that has none, as GradDrop.
         rtol: under which share of the largest an eigenvalue of the cosines counts as zero.
         names: the m losses' names; "0", "1" ... where they have none.
     """

@@ -84,6 +84,10 @@ class Operators:
         """As reference.apply."""
         torch.ops.fastconfig.apply(_tensors_of(rows), weights, out, self._backend)
 
+    def graddrop(self, rows: Rows, leak: Tensor | None, seed: Tensor, column: int, out: Tensor) -> None:
+        """As reference.graddrop."""
+        torch.ops.fastconfig.graddrop(_tensors_of(rows), leak, seed, column, out, self._backend)
+
     def config_weights(self, gramian: Tensor, rule: ConFIGRule) -> Tensor:
         """As reference.config_weights, which is traced through for a callable length model: no schema can hold one."""
         if callable(rule.length):
@@ -227,6 +231,30 @@ def _apply(rows: Sequence[Tensor], weights: Tensor, out: Tensor, backend: str = 
     weights = weights.contiguous()  # what a method returned: rightly of any strides
     _check_float64(weights, "weights", (checked.m,))
     backends.select(checked.device, backend).apply(checked, weights, out)
+    torch.autograd.graph.increment_version(out)
+
+
+def _fake_graddrop(
+    rows: Sequence[Tensor], leak: Tensor | None, seed: Tensor, column: int, out: Tensor, backend: str = "auto"
+) -> None:
+    _check_named(backend, rows[0].device)
+
+
+@_operator(
+    f"graddrop(Tensor[] rows, Tensor? leak, Tensor seed, SymInt column, Tensor(a!) out, {_BACKEND}) -> ()",
+    _fake_graddrop,
+)
+def _graddrop(
+    rows: Sequence[Tensor], leak: Tensor | None, seed: Tensor, column: int, out: Tensor, backend: str = "auto"
+) -> None:
+    checked = _checked_rows(rows)
+    check_out(out, rows, checked)
+    _check_float64(leak, "leak", (checked.m,))
+    if seed.shape != (1,) or seed.dtype != torch.int64:
+        raise ValueError(f"seed must be an int64 tensor of one element, got {seed.dtype}, shape {tuple(seed.shape)}")
+    if column < 0:
+        raise ValueError(f"column must be the number of a column, from 0 on, got {column}")
+    backends.select(checked.device, backend).graddrop(checked, leak, seed, column, out)
     torch.autograd.graph.increment_version(out)
 
 

@@ -4,7 +4,7 @@ They import triton and nothing else; ``fastconfig.backends.triton`` launches the
 
 Which file answers what: how rows are addressed and read, ``rows``; the Gramian, ``gramian``; how the programs' partial
 sums become one, ``arrival`` and ``whole_gramian``; ConFIG's weights, ``config_rule``; the combination, ``combination``;
-what is launched, ``launched``; with how many programs and warps, ``geometry``.
+GradDrop, ``graddrop``; what is launched, ``launched``; with how many programs and warps, ``geometry``.
 
 Of M-ConFIG: how gradients enter the averages, ``averages``; its m×m part, ``decision``; what is written, ``writing``;
 where parameters lie and what they step by, ``parameters``; what is launched, ``launched_momentum`` and, to write the

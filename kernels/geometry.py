@@ -12,6 +12,9 @@ FEW = 8
 """Up to here every pair of losses is summed in a thread's registers: 36 float64 sums are 72 registers. Above, the pairs
 outgrow them and the matrix units take over."""
 
+DROPPED_TOGETHER = 4
+"""Rows of GradDrop whose loads are under way together: of 16-bit ones the sums by sign leave no registers for more."""
+
 SOLVED = 64
 """Up to here one program solves the m×m problem, a matrix at a time in its registers: 16 numbers a thread."""
 
@@ -85,7 +88,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Combination:
-    """``combination``, for any number of losses."""
+    """``combination`` and ``graddrop``, for any number of losses."""
 
     programs: int
     warps: int = 4
@@ -141,6 +144,19 @@ def combination(m: int) -> tuple[Combination, ...]:
     if m > FEW:
         return Combination(programs=6), Combination(warps=8, programs=3)
     return Combination(programs=8), Combination(programs=12), Combination(warps=8, programs=4)
+
+
+@cache
+def graddrop(m: int, itemsize: int, split: bool) -> Combination:
+    """The launch of GradDrop: a thread has up to four float64 sums a column in its registers, and draws.
+
+    That is half as many threads as the combination has, with 128 registers each. Where each column draws by itself
+    (``split``), and of 16-bit rows, of which a thread takes eight columns, 168 hold up to four rows, 255 any number.
+    """
+    if itemsize > 2 and not split:
+        return Combination(programs=4)
+    programs = 3 if m <= DROPPED_TOGETHER else 2
+    return Combination(programs=programs)
 
 
 @cache

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .combination import combine_tiles
 from .config_rule import write_config_weights
+from .graddrop import drop_tiles
 from .whole_gramian import gramian_of_few, gramian_of_many
 
 # No compilation depends on the value of a number or on where a tensor lies: ALIGNED alone tells of the latter. Triton
@@ -27,6 +28,9 @@ UNSPECIALIZED = [
     "scratch",
     "table",
     "vectors",
+    "leak",
+    "seed",
+    "column",
 ]
 
 
@@ -225,6 +229,42 @@ def combination(
     if stride is not None:
         stride = tl.cast(stride, tl.int64)  # as above
     combine_tiles(rows, stride, n, weights, out, tl.program_id(0), tl.num_programs(0), M, THREADS, VECTOR, ALIGNED)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def graddrop(
+    rows,
+    stride,
+    n: tl.int64,
+    leak,
+    seed,
+    column: tl.int64,
+    out,
+    M: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """GradDrop's combination into ``out``.
+
+    Args:
+        rows, stride: as ``rows.row_pointer`` up to 4 rows, as ``rows.row_pointers`` above.
+        n: columns.
+        leak: (M,) float64; None for zeros.
+        seed: one int64 in memory.
+        column: the number of the first column.
+        out: (n,) of the rows' dtype, written.
+        ALIGNED: every row, and ``out``, begins at a multiple of 16 bytes.
+        SPLIT: ``column`` is no multiple of four.
+
+    Traffic: (M + 1)·n elements.
+    """
+    if stride is not None:
+        stride = tl.cast(stride, tl.int64)  # as above
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    key = tl.load(seed)
+    drop_tiles(rows, stride, n, leak, key, column, out, program, programs, M, THREADS, VECTOR, ALIGNED, SPLIT)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -24,8 +24,15 @@ BY_MATRIX_UNITS = {"config_of_many", "moments_of_many"}
 UNITS_MISSING = {*BY_MATRIX_UNITS, "table_of_gradients"}
 """What is not launched where there are none."""
 MOMENTUM = {"moments_of_few", "moments_of_many", "momentum_update", "table_of_gradients", "table_of_group"}
-KERNELS = {"config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses"} | MOMENTUM
-ALONE = {"config_of_gramian", "combination", "table_of_addresses", "table_of_gradients", "table_of_group"}
+KERNELS = {
+    "config_of_few",
+    "config_of_many",
+    "config_of_gramian",
+    "combination",
+    "graddrop",
+    "table_of_addresses",
+} | MOMENTUM
+ALONE = {"config_of_gramian", "combination", "graddrop", "table_of_addresses", "table_of_gradients", "table_of_group"}
 """Those that take no tickets, however they are launched."""
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 OLDEST_FOLDER = "FASTCONFIG_OLDEST_TRITON"

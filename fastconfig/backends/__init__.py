@@ -1,7 +1,7 @@
 """The same functions, once a backend, and the choice between them.
 
-A backend is a module with ``available``, ``gramian``, ``apply``, and ``config_weights``, ``config_combine``,
-``rule_weights`` and ``rule_combine``, as ``reference`` defines them.
+A backend is a module with ``available``, ``gramian``, ``apply``, ``graddrop``, and ``config_weights``,
+``config_combine``, ``rule_weights`` and ``rule_combine``, as ``reference`` defines them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Backend(Protocol):
 
     def apply(self, rows: Rows, weights: Tensor, out: Tensor) -> None:
         """Write Σ c_i g_i to ``out`` (n,)."""
+
+    def graddrop(self, rows: Rows, leak: Tensor | None, seed: Tensor, column: int, out: Tensor) -> None:
+        """Write GradDrop's combination to ``out`` (n,)."""
 
     def config_weights(self, gramian: Tensor, rule: ConFIGRule) -> Tensor:
         """ConFIG's c, (m,) float64, from K."""

@@ -72,6 +72,22 @@ def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
     )
 
 
+def graddrop(rows: Rows, leak: Tensor | None, seed: Tensor, column: int, out: Tensor) -> None:
+    """As reference.graddrop, in one pass over the rows, each output written once."""
+    if leak is not None:
+        leak = leak.to(torch.float64).contiguous()
+    _core.graddrop(
+        _addresses(rows),
+        rows.n,
+        DTYPES[rows.dtype],
+        0 if leak is None else leak.data_ptr(),
+        seed.data_ptr(),
+        column,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
     """As reference.config_weights; a callable length model runs there."""
     if callable(rule.length):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import problem
+from fastconfig.backends.philox import uniform
 from fastconfig.backends.rules import ConFIGRule, GramianRule, NonFiniteError
 from fastconfig.rows import Rows
 
@@ -45,6 +46,38 @@ def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
     used = (weights != 0).unsqueeze(1)
     for chunk, columns in _chunks(rows):
         out[columns] = (weights @ torch.where(used, chunk, 0.0)).to(out.dtype)
+
+
+def graddrop(rows: Rows, leak: Tensor | None, seed: Tensor, column: int, out: Tensor) -> None:
+    """Write GradDrop's combination to ``out``: of each column the elements of one sign, which is drawn.
+
+    With P = ½(1 + Σ g_i / Σ |g_i|) and U uniform in [0, 1), the positive elements are kept where P > U, else the
+    negative ones; out = Σ (leak_i + (1 - leak_i)·kept_i) g_i (Chen et al. 2020, arXiv 2010.06808, algorithm 1, lines 10
+    to 15). P is the positive elements' share of Σ |g_i|, so that P > U is Σ max(g_i, 0) > U·Σ |g_i|: nothing is
+    divided, every operation is rounded once, in float64, the sums in the order of the rows. So all backends keep the
+    same elements, to the last one.
+
+    A column of zeros is 0, one that holds inf or NaN is NaN.
+
+    Args:
+        rows: m rows of n elements.
+        leak: (m,) float64 on the rows' device, what passes of the elements not kept; None for zeros.
+        seed: one int64 on the rows' device. The same seed draws the same signs.
+        column: the number of the first column, for ``rows`` that are a part of a whole: U depends on it and the seed.
+        out: (n,) of the rows' dtype, overwritten.
+    """
+    leaks = [0.0] * rows.m if leak is None else leak.to(torch.float64)
+    for chunk, columns in _chunks(rows):
+        zeros = torch.zeros_like(chunk[0])
+        positive, negative, leaked_positive, leaked_negative = zeros, zeros, zeros, zeros
+        for row, share in zip(chunk, leaks, strict=True):
+            up, down = row.clamp(min=0.0), row.clamp(max=0.0)
+            positive, negative = positive + up, negative - down
+            leaked_positive, leaked_negative = leaked_positive + share * up, leaked_negative - share * down
+        magnitude = positive + negative
+        keeps_positive = positive > uniform(seed, column + columns.start, len(zeros)) * magnitude
+        combined = torch.where(keeps_positive, positive - leaked_negative, leaked_positive - negative)
+        out[columns] = torch.where(torch.isfinite(magnitude), combined, torch.nan).to(out.dtype)
 
 
 def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:

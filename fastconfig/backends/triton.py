@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import reference
+from fastconfig.backends.philox import WORDS
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
 from fastconfig.moments import HEAD
 from fastconfig.rows import Rows
@@ -130,6 +131,20 @@ def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
     workspace = workspace_for(rows.device)
     with workspace.lock:
         _launch_combination(_operand(rows, workspace, out), workspace, weights, out)
+
+
+@on_its_device
+def graddrop(rows: Rows, leak: Tensor | None, seed: Tensor, column: int, out: Tensor) -> None:
+    """As reference.graddrop, in one launch; one more with over 4 separate vectors. Each output is written once.
+
+    The kernel reads the seed from the device: a captured graph draws by what it holds when it is replayed.
+    """
+    if leak is not None:
+        leak = leak.to(torch.float64).contiguous()
+    workspace = workspace_for(rows.device)
+    with workspace.lock:
+        operand = _operand(rows, workspace, out, geometry.DROPPED_TOGETHER)
+        _launch_graddrop(operand, leak, seed, column, out)
 
 
 @on_its_device
@@ -346,8 +361,8 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
-def _operand(rows: Rows, workspace: Workspace, out: Tensor | None) -> Operand:
-    """Rows as the kernels take them, on the workspace's device."""
+def _operand(rows: Rows, workspace: Workspace, out: Tensor | None, few: int | None = None) -> Operand:
+    """Rows as the kernels take them, on the workspace's device; up to ``few`` separate vectors go without a table."""
     m, n, dtype, device, matrix, vectors = rows
     itemsize = dtype.itemsize
     starts = 0 if out is None else out.data_ptr()  # of several numbers, a bit is set where it is set in any of them
@@ -357,7 +372,7 @@ def _operand(rows: Rows, workspace: Workspace, out: Tensor | None) -> Operand:
         pointer, stride = matrix, matrix.stride(0) if m > 1 else 0
         starts |= matrix.data_ptr() | stride * itemsize
     else:
-        pointer, stride = (vectors, None) if m <= geometry.FEW else (workspace.table_for(vectors), 0)
+        pointer, stride = (vectors, None) if m <= (few or geometry.FEW) else (workspace.table_for(vectors), 0)
         for vector in vectors:
             starts |= vector.data_ptr()
     widest = geometry.VECTOR_BYTES
@@ -503,6 +518,28 @@ def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor,
         )
 
     launch_combination(tuned(geometry.combination(operand.m), operand, launch_combination))
+
+
+def _launch_graddrop(operand: Operand, leak: Tensor | None, seed: Tensor, column: int, out: Tensor) -> None:
+    device = device_of(operand.device)
+    split = column % WORDS != 0
+    launch = geometry.graddrop(operand.m, operand.dtype.itemsize, split)
+    tile = launch.warps * device.lanes * operand.vector
+    launched.graddrop[(geometry.programs(operand.n, tile, launch.programs * device.multiprocessors),)](
+        operand.pointer,
+        operand.stride,
+        operand.n,
+        leak,
+        seed,
+        column,
+        out,
+        M=operand.m,
+        THREADS=launch.warps * device.lanes,
+        VECTOR=operand.vector,
+        ALIGNED=operand.aligned,
+        SPLIT=split,
+        **compiler_options(operand.device, launch.warps, launch.programs),
+    )
 
 
 @lru_cache(maxsize=256)

@@ -283,8 +283,13 @@ def _weights_from(model: WeightModel, grads: Tensor, losses: Sequence[float | Te
     """The weights that a user's model gives; None where no weights matter, as the gradients are not finite.
 
     Raises:
-        TypeError: the model returned no numbers.
+        TypeError: the model has no get_weights, or it returned no numbers.
     """
+    if not callable(getattr(model, "get_weights", None)):
+        raise TypeError(
+            f"weight_model must have get_weights(gradients, losses), got {model!r}; for instance EqualWeight(). "
+            "A method of fastconfig combines by itself: fastconfig.combine(grads, method)"
+        )
     get_weights: Callable[..., object] = model.get_weights
     parameters = inspect.signature(get_weights).parameters
     takes_device = "device" in parameters or any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())

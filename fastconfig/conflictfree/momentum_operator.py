@@ -67,7 +67,7 @@ class MomentumOperator:
         len_vectors, device, dtype: n, device and dtype of the averages; None before the first gradient.
 
     Raises:
-        TypeError, ValueError: num_vectors or a constant that cannot be.
+        TypeError, ValueError: num_vectors, a constant or a gradient_operator that cannot be.
     """
 
     def __init__(
@@ -85,6 +85,11 @@ class MomentumOperator:
         self.beta_2 = check_beta("beta_2", beta_2)
         self.num_vectors = check_count("num_vectors", num_vectors)
         self.gradient_operator = ConFIGOperator() if gradient_operator is None else gradient_operator
+        if not callable(getattr(self.gradient_operator, "calculate_gradient", None)):
+            raise TypeError(
+                f"gradient_operator must have calculate_gradient(grads, losses), got {gradient_operator!r}; "
+                "for instance ConFIGOperator()"
+            )
         self.loss_recorder = loss_recorder
 
     def calculate_gradient(

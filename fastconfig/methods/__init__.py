@@ -1,13 +1,14 @@
-"""One file a method: Gramian -> weights."""
+"""One file a method: Gramian -> weights, or rows -> combination."""
 
 from fastconfig.methods.aligned_mtl import AlignedMTL
-from fastconfig.methods.base import GramianMethod, Method, Stateful
+from fastconfig.methods.base import GramianMethod, Method, Stateful, StreamingMethod, is_streaming
 from fastconfig.methods.cagrad import CAGrad
 from fastconfig.methods.config import ConFIG
 from fastconfig.methods.constant import Constant, Mean, Sum
 from fastconfig.methods.crmogm import CRMOGM
 from fastconfig.methods.dualproj import DualProj
 from fastconfig.methods.fairgrad import FairGrad
+from fastconfig.methods.graddrop import GradDrop
 from fastconfig.methods.gradvac import GradVac
 from fastconfig.methods.imtlg import IMTLG
 from fastconfig.methods.inverse_norm import InverseNorm
@@ -30,6 +31,7 @@ __all__ = [
     "Constant",
     "DualProj",
     "FairGrad",
+    "GradDrop",
     "GradVac",
     "GramianMethod",
     "InverseNorm",
@@ -41,8 +43,10 @@ __all__ = [
     "RandomWeights",
     "SDMGrad",
     "Stateful",
+    "StreamingMethod",
     "Sum",
     "UPGrad",
+    "is_streaming",
 ]
 
 DEFAULT_METHOD = ConFIG()

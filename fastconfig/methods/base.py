@@ -1,18 +1,20 @@
-"""What a method is: a rule from the losses' Gramian to the weights of their combination."""
+"""What a method is: a rule from the losses' Gramian to the weights of their combination, or one on the rows."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastconfig.backends import Backend
 from fastconfig.backends.rules import NONFINITE_NAMES, GramianRule, NonFinite
 from fastconfig.ops import backend_for, is_traced
+from fastconfig.rows import Rows
 
 
 @runtime_checkable
@@ -33,6 +35,26 @@ class Method(Protocol):
             (m,) floating-point tensor on the same device. A row of weight 0 is not read.
         """
         ...
+
+
+class StreamingMethod(Protocol):
+    """A method that no weights express, as it treats every column by itself: it reads the rows and writes a result."""
+
+    def combine_rows(self, parts: Sequence[tuple[Backend, Rows, Tensor]], /) -> None:
+        """Combine the rows of all parts, which are the columns of one problem, in order.
+
+        Args:
+            parts: for each, the backend to ask, its rows, and its (n,) output, to be overwritten.
+
+        Raises:
+            ValueError, TypeError: the method is not made for these rows. Nothing has been written.
+        """
+        ...
+
+
+def is_streaming(method: object) -> TypeGuard[StreamingMethod]:
+    """Whether a method combines by rows, not by weights. Quicker to ask than a protocol at run time."""
+    return callable(getattr(method, "combine_rows", None)) and not isinstance(method, type)
 
 
 class GramianMethod:

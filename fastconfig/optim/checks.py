@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fastconfig import landing
-from fastconfig.methods import ConFIG, Method
+from fastconfig.combination import no_weights_message
+from fastconfig.methods import ConFIG, Method, is_streaming
 
 
 def check_count(name: str, value: int) -> None:
@@ -21,6 +22,8 @@ def check_count(name: str, value: int) -> None:
 
 def checked_method(method: Method, num_losses: int) -> Method:
     """The method; TypeError where it is none, ValueError where it is for another number of losses."""
+    if is_streaming(method):
+        raise TypeError(no_weights_message(method))
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
     if isinstance(method, ConFIG):
