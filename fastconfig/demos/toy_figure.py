@@ -20,7 +20,7 @@ from matplotlib.patheffects import Normal, Stroke
 from torch import Tensor
 
 from fastconfig.demos.toy_problem import STARTS, losses, pareto_set, regret, trajectories
-from fastconfig.methods import GradDrop, Method, StreamingMethod
+from fastconfig.methods import Method, StreamingMethod
 from fastconfig.methods.catalogue import CATALOGUE
 
 # Okabe and Ito's colours, a start each; markers tell them apart in grey, too.
@@ -34,10 +34,7 @@ _LEFT_OUT = ("sum", "constant")
 
 def toy_methods() -> dict[str, Callable[[], Method | StreamingMethod]]:
     """Every method by the name of its class, each made anew for two losses."""
-    makes: dict[str, Callable[[], Method | StreamingMethod]] = {
-        entry.title.__name__: partial(entry.make, 2) for name, entry in CATALOGUE.items() if name not in _LEFT_OUT
-    }
-    return {**makes, GradDrop.__name__: GradDrop}
+    return {entry.title.__name__: partial(entry.make, 2) for name, entry in CATALOGUE.items() if name not in _LEFT_OUT}
 
 
 def save_figure(paths: Mapping[str, Tensor], path: Path) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastconfig.methods.aligned_mtl import AlignedMTL
-from fastconfig.methods.base import Method
+from fastconfig.methods.base import Method, StreamingMethod
 from fastconfig.methods.cagrad import CAGrad
 from fastconfig.methods.config import ConFIG
 from fastconfig.methods.constant import Constant, Mean, Sum
 from fastconfig.methods.crmogm import CRMOGM
 from fastconfig.methods.dualproj import DualProj
 from fastconfig.methods.fairgrad import FairGrad
+from fastconfig.methods.graddrop import GradDrop
 from fastconfig.methods.gradvac import GradVac
 from fastconfig.methods.imtlg import IMTLG
 from fastconfig.methods.inverse_norm import InverseNorm
@@ -35,9 +36,9 @@ class Entry:
         make: for m losses, with its defaults.
     """
 
-    title: type[ConFIG | Method]
+    title: type[Method | StreamingMethod]
     rule: str
-    make: Callable[[int], Method]
+    make: Callable[[int], Method | StreamingMethod]
 
     @property
     def source(self) -> str:
@@ -65,6 +66,7 @@ def _entries() -> dict[str, Entry]:
         Entry(NashMTL, "bargaining solution K a = 1/a", lambda m: NashMTL()),
         Entry(FairGrad, "α-fairness: K a = a^(-1/α)", lambda m: FairGrad()),
         Entry(AlignedMTL, "orthogonalised along the Gramian's eigenvectors", lambda m: AlignedMTL()),
+        Entry(GradDrop, "of every parameter the gradients of one sign, drawn", lambda m: GradDrop()),
         Entry(CRMOGM, "another method's weights, smoothed", lambda m: CRMOGM(MGDA())),
     ]
     return {entry.title.__name__.lower(): entry for entry in entries}
