@@ -196,6 +196,32 @@ def solve_regular(unit, inverse, wanted, residual, solution, MP: tl.constexpr):
 
 
 @triton.jit
+def solve_direction(unit, matrix, vectors, wanted, work, solution, size, rtol, M: tl.constexpr, MP: tl.constexpr):
+    """Write ConFIG's direction C⁺ŵ/√(ŵᵀC⁺ŵ), zeros where the rows are opposed.
+
+    Args:
+        unit: C.
+        matrix, vectors, work: (MP, MP), (MP, MP) and MP float64, overwritten.
+        wanted: ŵ, 0 where not active.
+        size: float64, the number of active rows.
+    """
+    i = tl.arange(0, MP)
+    largest = size  # λ_max ≤ k; with full rank |d|²·λ_max ≥ |ŵ|², so the bound is harmless
+    if invert_if_regular(unit, matrix, size, rtol, M, MP):
+        solve_regular(unit, matrix, wanted, work, solution, MP)
+    else:
+        largest = solve_truncated(unit, matrix, vectors, wanted, work, solution, rtol, MP)
+    preference = tl.load(wanted + i)
+    found = tl.load(solution + i)
+    square = tl.sum(found * preference)
+    opposed = square * largest <= rtol * tl.sum(preference * preference)
+    along = tl.where(opposed, 0.0, found * (1.0 / tl.sqrt(tl.where(opposed, 1.0, square))))
+    tl.debug_barrier()
+    tl.store(solution + i, along)
+    tl.debug_barrier()
+
+
+@triton.jit
 def tracked_norm(norms, active, size, tracked, LENGTH: tl.constexpr, MP: tl.constexpr):
     """The norm that every gradient is rescaled to before its projection is taken (ConFIG paper, appendix A.3)."""
     if LENGTH == MINIMUM:
@@ -258,22 +284,11 @@ def write_config_weights(
     tl.debug_barrier()
 
     store_unit_gramian(gramian, inverse_norms, unit, M, MP)
-    largest = size  # λ_max ≤ k; with full rank |d|²·λ_max ≥ |ŵ|², so the bound is harmless
-    if invert_if_regular(unit, matrix, size, rtol, M, MP):
-        solve_regular(unit, matrix, wanted, work, solution, MP)
-    else:
-        largest = solve_truncated(unit, matrix, vectors, wanted, work, solution, rtol, MP)
+    solve_direction(unit, matrix, vectors, wanted, work, solution, size, rtol, M, MP)
 
     # Read again what was known before: kept in registers all along, it would spill.
     finite, active, norms = active_rows(gramian, M, MP)
-    preference = tl.load(wanted + i)
-    found = tl.load(solution + i)
-    square = tl.sum(found * preference)
-    opposed = square * largest <= rtol * tl.sum(preference * preference)
-    along = tl.where(opposed, 0.0, found * (1.0 / tl.sqrt(tl.where(opposed, 1.0, square))))
-    tl.debug_barrier()
-    tl.store(solution + i, along)
-    tl.debug_barrier()
+    along = tl.load(solution + i)
     multiply(unit, solution, work, MP)
     cosines = tl.load(work + i)
     if LENGTH == PROJECTION:

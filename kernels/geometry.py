@@ -36,6 +36,9 @@ PIECE_WORDS = 4
 GROUP_WORDS = 8
 """64-bit words of an entry of the tables of parameters and of groups; see ``parameters``."""
 
+RULE_VECTORS = 16
+"""Vectors that a method's rule has room for."""
+
 REGISTERS = 65536
 """32-bit registers of an NVIDIA multiprocessor, the same on every architecture since 2014."""
 
@@ -210,6 +213,27 @@ def scratch_elements(m: int) -> int:
     """float64 numbers that the solve works in: three matrices and four vectors."""
     padded = power_of_two(m)
     return 3 * padded * padded + 4 * padded
+
+
+def rule_warps(m: int) -> int:
+    """Warps of the program that turns a given Gramian into a method's weights: hundreds of short steps, each ended by
+    barriers and sums over all warps, which one warp does without; from 9 rows on the steps are long enough for more."""
+    return 1 if m <= 8 else 4 if m <= 32 else 8
+
+
+@cache
+def rule_elements(m: int, parts: int) -> int:
+    """float64 numbers that a method's rule works in: vectors and four matrices, or, in ``parts``, vectors and two
+    matrices each and a vector for its result."""
+    padded = power_of_two(m)
+    if parts == 1:
+        return RULE_VECTORS * padded + 4 * padded * padded
+    return parts * (part_elements(padded) + padded)
+
+
+def part_elements(padded: int) -> int:
+    """Of these, what one of several parts works in."""
+    return RULE_VECTORS * padded + 2 * padded * padded
 
 
 @cache

@@ -36,7 +36,7 @@ try:
     import triton
     import triton.language as tl
 
-    from fastconfig.kernels import geometry, launched
+    from fastconfig.kernels import geometry, gramian_rules, launched, launched_rules
 except Exception as error:  # a broken Triton fails in many ways, and the CPU does without it
     IMPORT_ERROR = str(error)
 else:
@@ -163,6 +163,21 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
 
 
 @on_its_device
+def rule_weights(gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
+    """As reference.rule_weights, in one launch; over 64 losses run there."""
+    m = len(gramian)
+    if m > geometry.SOLVED:
+        return reference.rule_weights(gramian, rule, operand)
+    if rule.nonfinite == "raise":
+        reference.raise_if_nonfinite(gramian)
+    weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
+    workspace = workspace_for(gramian.device)
+    with workspace.lock:
+        _launch_rule(workspace, gramian.contiguous(), weights, rule, operand)
+    return weights
+
+
+@on_its_device
 def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
@@ -264,7 +279,8 @@ class Workspace:
         self.addresses = torch.empty(0, dtype=torch.int64, device=self.device)
         self.gramian = self.weights = self.scratch = self.decision = self.partials
         self.tables: dict[object, Tensor] = {}
-        self._m = self._partials = self._tickets = 0  # what there is room for; asking a tensor takes longer
+        self.rule_scratch = self.partials
+        self._m = self._partials = self._tickets = self._rule_scratch = 0  # what there is room for; asking a tensor takes longer
 
     def reserve_square(self, m: int) -> None:
         """Make room for solving the m×m problem; as in ``reserve_sums``, a steady state allocates nothing."""
@@ -274,6 +290,12 @@ class Workspace:
             self.scratch = self.partials.new_empty(geometry.scratch_elements(m))
             self.decision = self.partials.new_empty(HEAD + 3 * m)
             self._m = m  # last: memory may run out
+
+    def reserve_rule(self, elements: int) -> None:
+        """Make room for a method's rule."""
+        if elements > self._rule_scratch:
+            self.rule_scratch = self.partials.new_empty(elements)
+            self._rule_scratch = elements
 
     def reserve_sums(self, partials: int, tickets: int) -> None:
         """Make room for partial sums and tickets."""
@@ -497,6 +519,74 @@ def _launch_solve(workspace: Workspace, gramian: Tensor, weights: Tensor, rule: 
         **rule_arguments(rule, m),
         **compiler_options(workspace.device, geometry.solve_warps(m), 1),
     )
+
+
+def _launch_rule(
+    workspace: Workspace, gramian: Tensor, weights: Tensor, rule: GramianRule, operand: Tensor | None
+) -> None:
+    m, device = len(gramian), workspace.device
+    programs = m if rule.kind == "upgrad" else 1
+    workspace.reserve_rule(geometry.rule_elements(m, programs))
+    workspace.reserve_sums(0, 1)
+    preferences = numbers_on(rule, "preferences", device)
+    if rule.kind == "constant" and operand is not None:
+        preferences = operand
+    elif rule.kind == "priority":
+        operand = numbers_on(rule, "places", device)
+    launched_rules.rule_of_gramian[(programs,)](
+        gramian,
+        weights,
+        preferences,
+        operand=None if rule.kind == "constant" else operand,
+        scratch=workspace.rule_scratch,
+        tickets=workspace.tickets if rule.kind == "upgrad" else None,
+        **gramian_rule_arguments(rule, m),
+        FENCE=device_of(device).fence(geometry.rule_warps(m)),
+        **compiler_options(device, geometry.rule_warps(m), 1),
+    )
+
+
+_DEFAULT_IS_ONE = ("constant", "inverse_norm", "pcgrad", "priority", "nash", "fairgrad", "gradvac")
+"""Kinds whose preferences are 1 where none are given; else 1/m."""
+
+
+@lru_cache(maxsize=256)
+def gramian_rule_arguments(rule: GramianRule, m: int) -> dict[str, object]:
+    """The arguments that say which method's rule is applied, with which numbers."""
+    numbers = rule.parameters
+    if rule.kind == "cagrad":
+        c, rescale = numbers
+        numbers = c, (1.0, 1.0 + c * c, 1.0 + c)[int(rescale)]
+    elif rule.kind == "nash":
+        numbers = 1.0, *numbers
+    elif rule.kind == "fairgrad":
+        numbers = 1.0 / numbers[0], 0.0
+    elif rule.kind == "priority":
+        numbers = ()
+    padded = (*map(float, numbers), 0.0, 0.0, 0.0, 0.0)
+    return {
+        **dict(zip(("first", "second", "third", "fourth"), padded, strict=False)),
+        "default": 1.0 if rule.kind in _DEFAULT_IS_ONE else 1.0 / m,
+        "M": m,
+        "MP": geometry.power_of_two(m),
+        "KIND": gramian_rules.KIND_NAMES.index(rule.kind),
+        "DROP": rule.nonfinite == "drop",
+    }
+
+
+def numbers_on(rule: GramianRule, name: str, device: torch.device) -> Tensor | None:
+    """A rule's preferences, or its losses' places in PRIORITY's order, on a device; kept as by ``direction_on``."""
+    if name == "preferences":
+        values = rule.preferences
+    else:
+        order = [int(loss) for loss in rule.parameters]
+        values = tuple(float(order.index(loss)) for loss in range(len(order)))
+    if values is None:
+        return None
+    kept: dict[tuple[str, torch.device], Tensor] = rule.__dict__.setdefault("_kept", {})
+    if (name, device) not in kept:
+        kept[name, device] = torch.tensor(values, dtype=torch.float64, device=device)
+    return kept[name, device]
 
 
 def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor, out: Tensor) -> None:

@@ -1,0 +1,142 @@
+"""The bargaining equations (Cx)_i = q_i x_i^-β, x > 0, by Newton's method on ½ xᵀCx - Σ q_i φ(x_i), φ' = x^-β.
+
+Source: Nash-MTL, arXiv 2202.01017, eq. 4, has β = 1, where φ = log and the function is self-concordant (Boyd &
+Vandenberghe, sec. 9.6); FairGrad, arXiv 2402.15638, eq. 6, has β = 1/α. Steps are taken relative to x, so that the
+system is XCX + β·diag(x_i q_i x_i^-β): as regular as the problem, whatever the scale of its variables.
+"""
+
+import triton
+import triton.language as tl
+
+from .config_rule import cells
+from .pivoting import pivot_on_all, solve_free, times
+
+MAX_STEPS = tl.constexpr(100)  # 25 were seen at condition 1e10, 40 with β = 0.1
+MAX_TRIALS = tl.constexpr(40)  # of the length of a step
+BALANCED = tl.constexpr(1e-14)
+"""Sides that differ by this part of their terms are equal."""
+RUN_OFF = tl.constexpr(1e-7)
+"""A cosine with the combination under which no solution with one above 1e-6 is left to be found."""
+
+
+@triton.jit
+def power_of(base, exponent):
+    """base^exponent of positive numbers."""
+    return tl.exp(exponent * tl.log(base))
+
+
+@triton.jit
+def solve_bargain(unit, factors, beta, matrix, tableau, active, x, work, M: tl.constexpr, MP: tl.constexpr):
+    """Write x, 1 where not active. Where there is no solution, what it runs off to: some cosine (Cx)_i/√(xᵀCx) ≈ 0.
+
+    Args:
+        unit: C.
+        factors: q, positive where active, which is 1 or 0.
+        matrix, tableau: (MP, MP) float64, overwritten.
+        work: 6·MP float64.
+    """
+    i = tl.arange(0, MP)
+    gradient = work
+    change = work + MP
+    store_start(unit, factors, beta, active, x, MP)
+    steps = 0
+    going = beta > 0.0
+    while going & (steps < MAX_STEPS):
+        steps += 1
+        store_system(unit, factors, beta, active, x, matrix, gradient, MP)
+        pivot_on_all(matrix, tableau, active, M, MP)
+        solve_free(matrix, tableau, active, gradient, change, work + 2 * MP, MP)
+        going = keeps_going(unit, factors, beta, active, x, MP)
+        length, descends = step_length(unit, factors, beta, active, x, change, work + 2 * MP, MP)
+        going = going & descends
+        moved = tl.load(x + i) * (1.0 + length * tl.load(change + i))
+        tl.debug_barrier()
+        tl.store(x + i, moved)
+        tl.debug_barrier()
+
+
+@triton.jit
+def store_start(unit, factors, beta, active, x, MP: tl.constexpr):
+    """Write the solution for C = 1, scaled to the best length."""
+    i = tl.arange(0, MP)
+    inside = tl.load(active + i) > 0.0
+    alone = power_of(tl.where(inside, tl.load(factors + i), 1.0), 1.0 / (1.0 + beta))
+    tl.store(x + i, tl.where(inside, alone, 0.0))
+    tl.debug_barrier()
+    alone = tl.load(x + i)
+    own = tl.sum(alone * alone)
+    together = tl.maximum(tl.sum(alone * times(unit, x, MP)), 1e-14 * own)
+    scale = power_of(tl.where(own > 0.0, own / tl.where(own > 0.0, together, 1.0), 1.0), 1.0 / (1.0 + beta))
+    tl.debug_barrier()
+    tl.store(x + i, tl.where(inside, scale * alone, 1.0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def wanted_products(factors, beta, active, x, MP: tl.constexpr):
+    """[MP] q x^-β; 0 where not active."""
+    i = tl.arange(0, MP)
+    inside = tl.load(active + i) > 0.0
+    return tl.where(inside, tl.load(factors + i) * power_of(tl.load(x + i), -beta), 0.0)
+
+
+@triton.jit
+def store_system(unit, factors, beta, active, x, matrix, gradient, MP: tl.constexpr):
+    """Write Newton's matrix, relative to x, and what it is to be solved for."""
+    i = tl.arange(0, MP)
+    values = tl.load(x + i)
+    wanted = wanted_products(factors, beta, active, x, MP)
+    tl.store(gradient + i, values * (wanted - times(unit, x, MP)))
+    scaled = tl.load(unit + cells(MP)) * tl.load(x + i)[:, None] * tl.load(x + i)[None, :]
+    tl.store(matrix + cells(MP), scaled)
+    tl.debug_barrier()
+    diagonal = tl.load(matrix + i * MP + i) + tl.where(tl.load(active + i) > 0.0, beta * values * wanted, 1.0)
+    tl.debug_barrier()
+    tl.store(matrix + i * MP + i, diagonal)
+    tl.debug_barrier()
+
+
+@triton.jit
+def keeps_going(unit, factors, beta, active, x, MP: tl.constexpr):
+    """Whether another step is due after this one: x is neither a solution nor on its way to infinity."""
+    i = tl.arange(0, MP)
+    wanted = wanted_products(factors, beta, active, x, MP)
+    terms = tl.load(unit + cells(MP)) * tl.load(x + i)[None, :]
+    products = tl.sum(terms, axis=1)
+    unbalanced = tl.abs(wanted - products) > BALANCED * (wanted + tl.sum(tl.abs(terms), axis=1))
+    square = tl.sum(wanted * tl.load(x + i))
+    larger = tl.where(tl.load(active + i) > 0.0, tl.maximum(products, wanted), float("inf"))
+    return (tl.max(tl.where(unbalanced, 1, 0)) > 0) & (tl.min(larger) > RUN_OFF * tl.sqrt(square))
+
+
+@triton.jit
+def step_length(unit, factors, beta, active, x, change, work, MP: tl.constexpr):
+    """(length, whether the function falls along ``change``): half the slope or less is left there, and no x_i ≤ 0."""
+    i = tl.arange(0, MP)
+    direction = tl.load(change + i)
+    values = tl.load(x + i)
+    tl.store(work + i, direction * values)
+    tl.debug_barrier()
+    curvature = tl.sum(direction * values * times(unit, work, MP))
+    linear = tl.sum(direction * values * times(unit, x, MP))
+    pull = values * wanted_products(factors, beta, active, x, MP) * direction
+    start = linear - tl.sum(pull)
+    shorter = start * 0.0
+    longer = start * 0.0 + float("inf")
+    length = start * 0.0 + 1.0
+    trials = 0
+    trying = start < 0.0
+    while trying & (trials < MAX_TRIALS):
+        trials += 1
+        growth = 1.0 + length * direction
+        inside = tl.min(growth) > 0.0
+        slope = length * curvature + linear - tl.sum(pull * power_of(tl.where(inside, growth, 1.0), -beta))
+        slope = tl.where(inside, slope, float("inf"))
+        trying = tl.abs(slope) > -0.5 * start
+        longer = tl.where(trying & (slope > 0.0), length, longer)
+        shorter = tl.where(trying & (slope <= 0.0), length, shorter)
+        bracketed = longer < float("inf")
+        next_length = tl.where(bracketed, 0.5 * (shorter + tl.where(bracketed, longer, 0.0)), 4.0 * length)
+        length = tl.where(trying, next_length, length)
+    tl.debug_barrier()
+    return tl.where(start < 0.0, tl.where(trying, shorter, length), 0.0), start < 0.0
