@@ -157,6 +157,14 @@ def _decoded(direction: tuple[float, ...] | None, length: str, tracked: int, rto
     return ConFIGRule(direction, tracked if length == "tracked" else length, rtol, nonfinite)
 
 
+@lru_cache(maxsize=256)
+def _rule_of(
+    kind: str, parameters: tuple[float, ...], preferences: tuple[float, ...] | None, nonfinite: str
+) -> GramianRule:
+    """The same object every time: backends keep on it what they copied to a device."""
+    return GramianRule(kind, parameters, preferences, nonfinite)
+
+
 def _tensors_of(rows: Rows) -> list[Tensor]:
     """The rows as an operator takes them: one matrix, or m vectors."""
     return [tensor.detach() for tensor in (rows.vectors if rows.matrix is None else (rows.matrix,))]
@@ -360,7 +368,7 @@ def _rule_weights(
     operand: Tensor | None,
     backend: str = "auto",
 ) -> Tensor:
-    rule = GramianRule(kind, tuple(parameters), None if preferences is None else tuple(preferences), nonfinite)
+    rule = _rule_of(kind, tuple(parameters), None if preferences is None else tuple(preferences), nonfinite)
     gramian = gramian.contiguous()
     _check_float64(gramian, "gramian", (len(gramian), len(gramian)))
     rule.check_losses(len(gramian))

@@ -218,22 +218,17 @@ def scratch_elements(m: int) -> int:
 def rule_warps(m: int) -> int:
     """Warps of the program that turns a given Gramian into a method's weights: hundreds of short steps, each ended by
     barriers and sums over all warps, which one warp does without; from 9 rows on the steps are long enough for more."""
-    return 1 if m <= 8 else 4 if m <= 32 else 8
+    return 1 if m <= 8 else 8 if m <= 32 else 16
 
 
 @cache
 def rule_elements(m: int, parts: int) -> int:
-    """float64 numbers that a method's rule works in: vectors and four matrices, or, in ``parts``, vectors and two
-    matrices each and a vector for its result."""
+    """float64 numbers that a method's rule works in: vectors and four matrices; or, where it is solved in ``parts``
+    and not 0, vectors and three matrices each and a vector for its result."""
     padded = power_of_two(m)
-    if parts == 1:
+    if parts == 0:
         return RULE_VECTORS * padded + 4 * padded * padded
-    return parts * (part_elements(padded) + padded)
-
-
-def part_elements(padded: int) -> int:
-    """Of these, what one of several parts works in."""
-    return RULE_VECTORS * padded + 2 * padded * padded
+    return parts * (RULE_VECTORS * padded + 3 * padded * padded + padded)
 
 
 @cache

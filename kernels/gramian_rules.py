@@ -11,7 +11,7 @@ import triton.language as tl
 from . import geometry
 from .config_rule import active_rows, cells, diagonalise, multiply, solve_direction, store_unit_gramian
 from .newton import power_of, solve_bargain
-from .pivoting import times
+from .pivoting import copy_matrix, times
 from .quadratic import minimise_nonnegative, start_empty
 from .simplex import descend_on_simplex
 from .surgery import project_conflicts, raise_cosines, store_order, sum_of_changed
@@ -68,11 +68,14 @@ def vector_of(scratch, number: tl.constexpr, MP: tl.constexpr):
 
 
 @triton.jit
-def prepare(gramian, preferences, default, scratch, M: tl.constexpr, MP: tl.constexpr):
+def prepare(
+    gramian, preferences, default, scratch, M: tl.constexpr, MP: tl.constexpr, ONLY_PREFERRED: tl.constexpr
+):
     """Write what every rule begins with.
 
     Args:
         preferences: (M,) float64, or None for ``default`` each.
+        ONLY_PREFERRED: whether rows of preference 0 are not active.
     """
     i = tl.arange(0, MP)
     inverse_norms = vector_of(scratch, 1, MP)
@@ -80,6 +83,8 @@ def prepare(gramian, preferences, default, scratch, M: tl.constexpr, MP: tl.cons
     preference = tl.zeros([MP], tl.float64) + default
     if preferences is not None:
         preference = tl.load(preferences + i, mask=i < M, other=0.0)
+    if ONLY_PREFERRED:
+        active = active & (preference > 0.0)
     tl.store(vector_of(scratch, 0, MP) + i, tl.where(active, 1.0, 0.0).to(tl.float64))
     tl.store(inverse_norms + i, tl.where(active, 1.0 / tl.where(active, norms, 1.0), 0.0))
     tl.store(vector_of(scratch, 2, MP) + i, tl.where(active, preference, 0.0))
@@ -172,29 +177,33 @@ def surgery_weights(
 
 
 @triton.jit
-def store_shortest(scratch, y, M: tl.constexpr, MP: tl.constexpr):
-    """Write y, y_i = w_i |g_i| up to a scale, for the point Σ w_i g_i of the hull that is nearest to 0; MGDA.
+def start_shortest(scratch, MP: tl.constexpr):
+    """Set out to find the point Σ w_i g_i of the hull that is nearest to 0, in y, y_i = w_i |g_i| up to a scale; MGDA.
 
     Source: arXiv 1810.04650, eq. 3. With the sum of w as one more coordinate the simplex becomes y ≥ 0: the least
     squares ½ |Σ y_i u_i|² + ½ (ηᵀy - 1)² have the same direction.
 
-    Overwrites matrices 1 and 2 and vectors from 4 on; vector 3 is η afterwards.
+    Writes η into vector 3, the matrix C + ηηᵀ into matrix 1, and its tableau and free set into matrix 2 and vector 4.
+    Returns what ``start_empty`` does.
     """
     i = tl.arange(0, MP)
     along = vector_of(scratch, 3, MP)
     matrix = matrix_of(scratch, 1, MP)
-    tableau = matrix_of(scratch, 2, MP)
-    free = vector_of(scratch, 4, MP)
     store_along_all(scratch, along, MP)
     ones = tl.load(along + i)[:, None] * tl.load(along + i)[None, :]
     tl.store(matrix + cells(MP), tl.load(matrix_of(scratch, 0, MP) + cells(MP)) + ones)
     tl.debug_barrier()
-    damage = start_empty(matrix, tableau, free, MP)
-    minimise_nonnegative(
-        matrix,
-        along,
-        tableau,
-        free,
+    return start_empty(matrix, matrix_of(scratch, 2, MP), vector_of(scratch, 4, MP), MP)
+
+
+@triton.jit
+def minimise(scratch, target, y, damage, M: tl.constexpr, MP: tl.constexpr):
+    """As ``minimise_nonnegative``, of matrix 1 with tableau 2; the free set in vector 4, work in vectors 5 to 9."""
+    return minimise_nonnegative(
+        matrix_of(scratch, 1, MP),
+        target,
+        matrix_of(scratch, 2, MP),
+        vector_of(scratch, 4, MP),
         vector_of(scratch, 0, MP),
         y,
         vector_of(scratch, 5, MP),
@@ -216,14 +225,15 @@ def mgda_weights(scratch, M: tl.constexpr, MP: tl.constexpr):
     """[MP] the simplex's weights; zeros where the hull holds 0."""
     i = tl.arange(0, MP)
     y = vector_of(scratch, 10, MP)
-    store_shortest(scratch, y, M, MP)
+    damage = start_shortest(scratch, MP)
+    minimise(scratch, vector_of(scratch, 3, MP), y, damage, M, MP)
     square, own = square_of(matrix_of(scratch, 0, MP), y, MP)
     w = tl.load(y + i) * tl.load(vector_of(scratch, 3, MP) + i)
     return tl.where(square <= RTOL * own, 0.0, quotient(w, tl.sum(w)))
 
 
 @triton.jit
-def cagrad_weights(scratch, preferences, radius, divisor, M: tl.constexpr, MP: tl.constexpr):
+def cagrad_weights(scratch, radius, divisor, M: tl.constexpr, MP: tl.constexpr):
     """[MP] (p + v)/divisor; Σ v_i g_i leads from the mean g0 to the best point of a ball of radius·|g0| around it.
 
     Source: arXiv 2110.14048, eq. 3. The nearest point to g0 with g_i·d ≥ t for all i is g0 + Σ v_i g_i with the v ≥ 0
@@ -234,53 +244,41 @@ def cagrad_weights(scratch, preferences, radius, divisor, M: tl.constexpr, MP: t
     """
     i = tl.arange(0, MP)
     unit = matrix_of(scratch, 0, MP)
-    tableau = matrix_of(scratch, 2, MP)
     along = vector_of(scratch, 3, MP)
-    free = vector_of(scratch, 4, MP)
     y = vector_of(scratch, 10, MP)
     mean = vector_of(scratch, 11, MP)
     products = vector_of(scratch, 12, MP)
     target = vector_of(scratch, 13, MP)
-    store_shortest(scratch, y, M, MP)
-    shares = tl.load(vector_of(scratch, 2, MP) + i)
-    if preferences is not None:
-        shares = quotient(shares, tl.sum(tl.load(preferences + i, mask=i < M, other=0.0)))
-    tl.store(mean + i, shares * relative_norms(scratch, MP))
+    distance = vector_of(scratch, 14, MP)  # one number, kept there as registers are short
+    tl.store(mean + i, tl.load(vector_of(scratch, 2, MP) + i) * relative_norms(scratch, MP))
     tl.debug_barrier()
     multiply(unit, mean, products, MP)
     mean_square = tl.maximum(tl.sum(tl.load(mean + i) * tl.load(products + i)), 0.0)
-    distance = radius * tl.sqrt(mean_square)
-    square, own = square_of(unit, y, MP)
-    level = tl.where(square <= RTOL * own, 0.0, highest_level(y, along, products, distance, square, MP))
-    damage = start_empty(unit, tableau, free, MP)
-    searching = distance > 0.0
+    tl.store(distance, radius * tl.sqrt(mean_square))
+    damage = start_shortest(scratch, MP)
+    tl.store(target + i, tl.load(along + i))
+    tl.debug_barrier()
+    searching = tl.load(distance) > 0.0
+    level = damage * 0.0
     steps = 0
     while searching & (steps < MAX_LEVELS):
-        steps += 1
+        damage = minimise(scratch, target, y, damage, M, MP)
+        square, own = square_of(unit, y, MP)
+        lower = highest_level(y, along, products, distance, square, MP)
+        if steps == 0:  # the shortest point; from here on the program is that of a level
+            level = tl.where(square <= RTOL * own, 0.0, lower)
+            copy_matrix(unit, matrix_of(scratch, 1, MP), MP)
+            damage = start_empty(unit, matrix_of(scratch, 2, MP), vector_of(scratch, 4, MP), MP)
+        else:
+            searching = (tl.sqrt(square) > tl.load(distance) * ON_THE_SPHERE) & (lower < level)
+            level = tl.where(searching, lower, level)
         tl.store(target + i, level * tl.load(along + i) - tl.load(products + i))
         tl.debug_barrier()
-        damage = minimise_nonnegative(
-            unit,
-            target,
-            tableau,
-            free,
-            vector_of(scratch, 0, MP),
-            y,
-            vector_of(scratch, 5, MP),
-            damage,
-            M,
-            MP,
-        )
-        square, _ = square_of(unit, y, MP)
-        lower = highest_level(y, along, products, distance, square, MP)
-        searching = (tl.sqrt(square) > distance * ON_THE_SPHERE) & (lower < level)
-        level = tl.where(searching, lower, level)
+        steps += 1
     added = tl.load(y + i) * tl.load(vector_of(scratch, 1, MP) + i) * largest_norm(scratch, MP)
-    shares = tl.load(vector_of(scratch, 2, MP) + i)
-    if preferences is not None:
-        shares = quotient(shares, tl.sum(tl.load(preferences + i, mask=i < M, other=0.0)))
-    weights = (shares + tl.where(distance > 0.0, added, 0.0)) / divisor
-    return tl.where(mean_square > 0.0, weights, 0.0)
+    weights = tl.load(vector_of(scratch, 2, MP) + i) + tl.where(tl.load(distance) > 0.0, added, 0.0)
+    mean_square = tl.sum(tl.load(mean + i) * tl.load(products + i))
+    return tl.where(mean_square > 0.0, weights / divisor, 0.0)
 
 
 @triton.jit
@@ -288,7 +286,7 @@ def highest_level(y, along, products, distance, square, MP: tl.constexpr):
     """What g_i·d ≥ t allows t to be at most, by the weights y: also the next of Newton's steps."""
     i = tl.arange(0, MP)
     values = tl.load(y + i)
-    level = tl.sum(tl.load(products + i) * values) + distance * tl.sqrt(square)
+    level = tl.sum(tl.load(products + i) * values) + tl.load(distance) * tl.sqrt(square)
     return quotient(level, tl.sum(tl.load(along + i) * values))
 
 
@@ -325,16 +323,13 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
     """
     i = tl.arange(0, MP)
     unit = matrix_of(scratch, 0, MP)
-    active = vector_of(scratch, 3, MP)
-    factors = vector_of(scratch, 4, MP)
-    x = vector_of(scratch, 5, MP)
-    preference = tl.load(vector_of(scratch, 2, MP) + i)
-    wanted = preference > 0.0
+    active = vector_of(scratch, 0, MP)
+    factors = vector_of(scratch, 3, MP)
+    x = vector_of(scratch, 4, MP)
     norms = relative_norms(scratch, MP)
-    tl.store(active + i, tl.where(wanted, 1.0, 0.0).to(tl.float64))
-    tl.store(factors + i, preference * power_of(tl.where(wanted, norms, 1.0), beta - 1.0))
+    scaled = power_of(tl.where(norms > 0.0, norms, 1.0), beta - 1.0)
+    tl.store(factors + i, tl.load(vector_of(scratch, 2, MP) + i) * scaled)
     tl.debug_barrier()
-    store_block(unit, active, MP)
     solve_bargain(
         unit,
         factors,
@@ -343,7 +338,7 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
         matrix_of(scratch, 2, MP),
         active,
         x,
-        vector_of(scratch, 6, MP),
+        vector_of(scratch, 5, MP),
         M,
         MP,
     )
@@ -359,17 +354,6 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
     too_long = (max_norm > 0.0) & (norm * unscaled > max_norm)
     weights = tl.where(too_long, weights * quotient(max_norm, norm * unscaled), weights)
     return tl.where(opposed, 0.0, weights)
-
-
-@triton.jit
-def store_block(unit, active, MP: tl.constexpr):
-    """Leave of C the rows and columns that are active."""
-    i = tl.arange(0, MP)
-    inside = (tl.load(active + i)[:, None] > 0.0) & (tl.load(active + i)[None, :] > 0.0)
-    block = tl.where(inside, tl.load(unit + cells(MP)), 0.0)
-    tl.debug_barrier()
-    tl.store(unit + cells(MP), block)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -413,15 +397,11 @@ def aligned_weights(scratch, scale, MP: tl.constexpr):
 
 
 @triton.jit
-def dual_projection(scratch, target, y, M: tl.constexpr, MP: tl.constexpr):
-    """Write the y ≥ 0 that minimises ½ yᵀCy - bᵀy. Overwrites matrix 1 and vectors 4 to 9."""
-    unit = matrix_of(scratch, 0, MP)
-    tableau = matrix_of(scratch, 1, MP)
-    free = vector_of(scratch, 4, MP)
-    damage = start_empty(unit, tableau, free, MP)
-    minimise_nonnegative(
-        unit, target, tableau, free, vector_of(scratch, 0, MP), y, vector_of(scratch, 5, MP), damage, M, MP
-    )
+def project_on_dual_cone(scratch, target, y, M: tl.constexpr, MP: tl.constexpr):
+    """Write the y ≥ 0 that minimises ½ yᵀCy - bᵀy, by ``minimise``, which keeps matrix 1 as C."""
+    copy_matrix(matrix_of(scratch, 0, MP), matrix_of(scratch, 1, MP), MP)
+    damage = start_empty(matrix_of(scratch, 1, MP), matrix_of(scratch, 2, MP), vector_of(scratch, 4, MP), MP)
+    minimise(scratch, target, y, damage, M, MP)
 
 
 @triton.jit
@@ -435,7 +415,7 @@ def dualproj_weights(scratch, M: tl.constexpr, MP: tl.constexpr):
     tl.debug_barrier()
     tl.store(target + i, -times(matrix_of(scratch, 0, MP), mean, MP))
     tl.debug_barrier()
-    dual_projection(scratch, target, y, M, MP)
+    project_on_dual_cone(scratch, target, y, M, MP)
     added = tl.load(y + i) * tl.load(vector_of(scratch, 1, MP) + i) * largest_norm(scratch, MP)
     return tl.load(vector_of(scratch, 2, MP) + i) + added
 
@@ -448,7 +428,7 @@ def upgrad_part(scratch, row, M: tl.constexpr, MP: tl.constexpr):
     y = vector_of(scratch, 11, MP)
     tl.store(target + i, -tl.load(matrix_of(scratch, 0, MP) + row * MP + i))
     tl.debug_barrier()
-    dual_projection(scratch, target, y, M, MP)
+    project_on_dual_cone(scratch, target, y, M, MP)
     inverse = tl.load(vector_of(scratch, 1, MP) + row)
     added = tl.load(y + i) * tl.load(vector_of(scratch, 1, MP) + i)
     own = tl.where(i == row, 1.0, 0.0)

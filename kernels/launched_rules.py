@@ -68,6 +68,7 @@ def rule_of_gramian(
     MP: tl.constexpr,
     KIND: tl.constexpr,
     DROP: tl.constexpr,
+    ONLY_PREFERRED: tl.constexpr,
     FENCE: tl.constexpr,
 ):
     """A method's weights of a Gramian in memory, by one program; UPGrad's by M, one a row.
@@ -83,21 +84,22 @@ def rule_of_gramian(
         tickets: int32 zeros, one, zero again when the launch ends; None with one program.
         KIND: the rule, one of those of ``gramian_rules``.
         DROP: leave non-finite rows out; else they make every weight NaN.
+        ONLY_PREFERRED: whether a row of preference 0 takes no part at all, as if it were zero.
         FENCE: as ``arrival.arrived_last``.
     """
     i = tl.arange(0, MP)
     inside = i < M
     if KIND == UPGRAD:
         row = tl.program_id(0)
-        own = scratch + row * (VECTORS * MP + 2 * MP * MP)
-        parts = scratch + M * (VECTORS * MP + 2 * MP * MP)
-        prepare(gramian, preferences, default, own, M, MP)
+        own = scratch + row * (VECTORS * MP + 3 * MP * MP)
+        parts = scratch + M * (VECTORS * MP + 3 * MP * MP)
+        prepare(gramian, preferences, default, own, M, MP, ONLY_PREFERRED)
         tl.store(parts + row * MP + i, upgrad_part(own, row, M, MP))
         if arrived_last(tickets, M, FENCE):
             found = sum_of_partials(parts, 0, M, 0, MP, MP, MP)
             tl.store(weights + i, checked(found, gramian, M, MP, DROP), mask=inside)
     else:
-        prepare(gramian, preferences, default, scratch, M, MP)
+        prepare(gramian, preferences, default, scratch, M, MP, ONLY_PREFERRED)
         if KIND == CONSTANT:
             found = constant_weights(scratch, first, M, MP)
         elif KIND == INVERSE_NORM:
@@ -107,7 +109,7 @@ def rule_of_gramian(
         elif KIND == MGDA:
             found = mgda_weights(scratch, M, MP)
         elif KIND == CAGRAD:
-            found = cagrad_weights(scratch, preferences, first, second, M, MP)
+            found = cagrad_weights(scratch, first, second, M, MP)
         elif KIND == IMTLG:
             found = imtlg_weights(scratch, M, MP)
         elif KIND == NASH or KIND == FAIRGRAD:

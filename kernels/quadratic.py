@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .config_rule import cells
-from .pivoting import pivot, pivot_on_all, solve_free, times
+from .pivoting import copy_matrix, pivot, solve_free, times
 
 DEPENDENT = tl.constexpr(1e-13)
 """A row with no more than this, of 1, left independent of the free ones depends on them: m·ε, and a margin."""
@@ -87,11 +87,13 @@ def minimise_nonnegative(
             tl.debug_barrier()
             tl.store(free + k, tl.where(leaves, 0.0, 1.0))
             tl.debug_barrier()
-            if damage > DAMAGE:
-                pivot_on_all(matrix, tableau, free, M, MP)
-                damage = damage * 0.0 + 1.0
-            else:
-                pivot(tableau, k, ~leaves, MP)
+            anew = damage > DAMAGE
+            if anew:
+                copy_matrix(matrix, tableau, MP)
+            for row in range(tl.where(anew, 0, k), tl.where(anew, M, k + 1)):  # one loop for both: half the code
+                if (row == k) & ~anew | anew & (tl.load(free + row) > 0.0):
+                    pivot(tableau, row, anew | ~leaves, MP)
+            damage = tl.where(anew, 1.0, damage)
     values = tl.maximum(tl.load(solution + i), 0.0)
     tl.debug_barrier()
     tl.store(solution + i, values)

@@ -163,21 +163,6 @@ def config_weights(gramian: Tensor, rule: ConFIGRule) -> Tensor:
 
 
 @on_its_device
-def rule_weights(gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
-    """As reference.rule_weights, in one launch; over 64 losses run there."""
-    m = len(gramian)
-    if m > geometry.SOLVED:
-        return reference.rule_weights(gramian, rule, operand)
-    if rule.nonfinite == "raise":
-        reference.raise_if_nonfinite(gramian)
-    weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
-    workspace = workspace_for(gramian.device)
-    with workspace.lock:
-        _launch_rule(workspace, gramian.contiguous(), weights, rule, operand)
-    return weights
-
-
-@on_its_device
 def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
@@ -201,8 +186,17 @@ def config_combine(
 
 @on_its_device
 def rule_weights(gramian: Tensor, rule: GramianRule, operand: Tensor | None) -> Tensor:
-    """As reference.rule_weights, which it is."""
-    return reference.rule_weights(gramian, rule, operand)
+    """As reference.rule_weights, in one launch; over 64 losses run there."""
+    m = len(gramian)
+    if m > geometry.SOLVED:
+        return reference.rule_weights(gramian, rule, operand)
+    if rule.nonfinite == "raise":
+        reference.raise_if_nonfinite(gramian)
+    weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
+    workspace = workspace_for(gramian.device)
+    with workspace.lock:
+        _launch_rule(workspace, gramian.contiguous(), weights, rule, operand)
+    return weights
 
 
 @on_its_device
@@ -214,7 +208,7 @@ def rule_combine(
     gramian_out: Tensor | None = None,
     weights_out: Tensor | None = None,
 ) -> None:
-    """As reference.rule_combine, in one launch after the other."""
+    """As reference.rule_combine, in one launch after the other: Gramian, rule, combination."""
     weights = partial(rule_weights, rule=rule, operand=operand)
     reference.combine_in_steps(gramian, weights, apply, rows, out, gramian_out, weights_out)
 
@@ -525,29 +519,31 @@ def _launch_rule(
     workspace: Workspace, gramian: Tensor, weights: Tensor, rule: GramianRule, operand: Tensor | None
 ) -> None:
     m, device = len(gramian), workspace.device
-    programs = m if rule.kind == "upgrad" else 1
-    workspace.reserve_rule(geometry.rule_elements(m, programs))
+    parts = m if rule.kind == "upgrad" else 0
+    workspace.reserve_rule(geometry.rule_elements(m, parts))
     workspace.reserve_sums(0, 1)
-    preferences = numbers_on(rule, "preferences", device)
+    preferences = numbers_on(rule, "preferences", m, device)
     if rule.kind == "constant" and operand is not None:
-        preferences = operand
+        preferences, operand = operand, None
     elif rule.kind == "priority":
-        operand = numbers_on(rule, "places", device)
-    launched_rules.rule_of_gramian[(programs,)](
+        operand = numbers_on(rule, "places", m, device)
+    launched_rules.rule_of_gramian[(max(1, parts),)](
         gramian,
         weights,
         preferences,
-        operand=None if rule.kind == "constant" else operand,
+        operand=operand,
         scratch=workspace.rule_scratch,
-        tickets=workspace.tickets if rule.kind == "upgrad" else None,
-        **gramian_rule_arguments(rule, m),
+        tickets=workspace.tickets if parts else None,
         FENCE=device_of(device).fence(geometry.rule_warps(m)),
+        **gramian_rule_arguments(rule, m),
         **compiler_options(device, geometry.rule_warps(m), 1),
     )
 
 
-_DEFAULT_IS_ONE = ("constant", "inverse_norm", "pcgrad", "priority", "nash", "fairgrad", "gradvac")
-"""Kinds whose preferences are 1 where none are given; else 1/m."""
+_BY_SHARES = ("cagrad", "aligned", "dualproj", "upgrad", "sdmgrad")
+"""Kinds that take the preferences over their sum."""
+_ONLY_PREFERRED = ("cagrad", "nash", "fairgrad")
+"""Kinds in which a row of preference 0 takes no part."""
 
 
 @lru_cache(maxsize=256)
@@ -563,30 +559,41 @@ def gramian_rule_arguments(rule: GramianRule, m: int) -> dict[str, object]:
         numbers = 1.0 / numbers[0], 0.0
     elif rule.kind == "priority":
         numbers = ()
-    padded = (*map(float, numbers), 0.0, 0.0, 0.0, 0.0)
+    first, second, third, fourth = (*numbers, *(0.0,) * 4)[:4]
     return {
-        **dict(zip(("first", "second", "third", "fourth"), padded, strict=False)),
-        "default": 1.0 if rule.kind in _DEFAULT_IS_ONE else 1.0 / m,
+        "first": first,
+        "second": second,
+        "third": third,
+        "fourth": fourth,
+        "default": 1.0 / m if rule.kind in _BY_SHARES else 1.0,
         "M": m,
         "MP": geometry.power_of_two(m),
         "KIND": gramian_rules.KIND_NAMES.index(rule.kind),
         "DROP": rule.nonfinite == "drop",
+        "ONLY_PREFERRED": rule.kind in _ONLY_PREFERRED,
     }
 
 
-def numbers_on(rule: GramianRule, name: str, device: torch.device) -> Tensor | None:
-    """A rule's preferences, or its losses' places in PRIORITY's order, on a device; kept as by ``direction_on``."""
-    if name == "preferences":
-        values = rule.preferences
-    else:
-        order = [int(loss) for loss in rule.parameters]
-        values = tuple(float(order.index(loss)) for loss in range(len(order)))
-    if values is None:
+def numbers_on(rule: GramianRule, name: str, m: int, device: torch.device) -> Tensor | None:
+    """A rule's preferences, or its losses' places in Priority's order, on a device; kept as by ``direction_on``."""
+    if name == "preferences" and rule.preferences is None:
         return None
-    kept: dict[tuple[str, torch.device], Tensor] = rule.__dict__.setdefault("_kept", {})
-    if (name, device) not in kept:
-        kept[name, device] = torch.tensor(values, dtype=torch.float64, device=device)
-    return kept[name, device]
+    kept: dict[tuple[str, int, torch.device], Tensor] = rule.__dict__.setdefault("_kept", {})
+    if (name, m, device) not in kept:
+        numbers = _places(rule, m) if name == "places" else _preferences(rule)
+        kept[name, m, device] = torch.tensor(numbers, dtype=torch.float64, device=device)
+    return kept[name, m, device]
+
+
+def _preferences(rule: GramianRule) -> list[float]:
+    given = rule.preferences or ()
+    total = sum(given) if rule.kind in _BY_SHARES else 1.0
+    return [number / total for number in given]
+
+
+def _places(rule: GramianRule, m: int) -> list[float]:
+    order = [int(loss) for loss in rule.parameters] or range(m)
+    return [float(order.index(loss)) for loss in range(m)]
 
 
 def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor, out: Tensor) -> None:
