@@ -43,8 +43,10 @@ from fastconfig.kernels import (
     geometry,
     graddrop,
     gramian,
+    gramian_rules,
     launched,
     launched_momentum,
+    launched_rules,
     launched_tables,
     writing,
 )
@@ -59,7 +61,7 @@ from triton.runtime.jit import create_function_from_signature
 from fastconfig.backends import reference
 from fastconfig.backends import triton as backend
 from fastconfig.backends.momentum import triton as momentum
-from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule
+from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
 from fastconfig.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.rows import Rows
 
@@ -220,6 +222,50 @@ def momentum_subset() -> Iterator[Momentum]:
     yield Momentum(40)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """One call of another method's rule."""
+
+    m: int
+    kind: str
+    preferred: bool = False
+    operand: bool = True
+    """Whether a rule that may do without one gets one."""
+    nonfinite: str = "propagate"
+
+    def run(self) -> None:
+        square = torch.empty(self.m, self.m, dtype=torch.float64)
+        numbers = {"constant": 1, "pcgrad": 0, "priority": 0, "mgda": 0, "imtlg": 0, "dualproj": 0, "upgrad": 0}
+        parameters = (1.0,) * {"cagrad": 2, "sdmgrad": 4, **numbers}.get(self.kind, 1)
+        operand = {"pcgrad": square, "gradvac": torch.stack([square, square]), "sdmgrad": square[0]}.get(self.kind)
+        preferences = (1.0,) * self.m if self.preferred else None
+        rule = GramianRule(self.kind, parameters, preferences, self.nonfinite)
+        backend.rule_weights(square, rule, operand if self.operand else None)
+
+
+def weights_problems() -> Iterator[Weights]:
+    """Every rule at a few numbers of losses, and every other choice one at a time."""
+    for kind, m in itertools.product(gramian_rules.KIND_NAMES, SOLVED):
+        yield Weights(m, kind)
+    for kind in gramian_rules.KIND_NAMES:
+        yield Weights(33, kind, preferred=True)
+        yield Weights(33, kind, nonfinite="drop")
+    yield Weights(33, "pcgrad", operand=False)
+
+
+def weights_subset() -> Iterator[Weights]:
+    """For CI: each solver once, the one that takes the most registers with 40 losses."""
+    yield Weights(40, "cagrad")
+    yield Weights(16, "fairgrad")
+    yield Weights(8, "upgrad", preferred=True)
+    yield Weights(3, "imtlg", nonfinite="drop")
+    yield Weights(17, "aligned")
+    yield Weights(40, "gradvac")
+    yield Weights(3, "priority")
+    yield Weights(3, "sdmgrad")
+    yield Weights(3, "inverse_norm")
+
+
 def base_problems() -> Iterator[Problem]:
     """Every number of losses with every dtype."""
     for m, dtype, n in itertools.product(FEW, DTYPES, (LARGE, SMALL)):
@@ -293,6 +339,7 @@ def subset_problems() -> Iterator[Problem]:
 
 MODULES = {
     launched: ("config_of_few", "config_of_many", "config_of_gramian", "combination", "graddrop", "table_of_addresses"),
+    launched_rules: ("rule_of_gramian",),
     launched_momentum: ("moments_of_few", "moments_of_many", "momentum_update"),
     launched_tables: ("table_of_gradients", "table_of_group"),
 }
@@ -393,6 +440,7 @@ def recording(recorder: Recorder, alternatives: bool) -> Iterator[None]:
     }
     replaced = {
         "launched": stand_ins[launched],
+        "launched_rules": stand_ins[launched_rules],
         "device_of": lambda _: device,
         # Where the kernels do not go, as float64 matrix products on AMD with an old Triton: nothing to compile.
         "reference": SimpleNamespace(
@@ -421,7 +469,11 @@ def specialisations(architecture: str, subset: bool) -> list[Specialisation]:
     """What the problems launch, each once."""
     recorder = Recorder(architecture)
     with recording(recorder, alternatives=False):
-        wanted = (subset_problems, momentum_subset) if subset else (base_problems, varied_problems, momentum_problems)
+        wanted = (
+            (subset_problems, momentum_subset, weights_subset)
+            if subset
+            else (base_problems, varied_problems, momentum_problems, weights_problems)
+        )
         for problem in itertools.chain.from_iterable(problems() for problems in wanted):
             problem.run()
     if not subset:
@@ -793,6 +845,8 @@ def tickets_taken(this: Specialisation) -> int:
         return 2 if "weights" in constants else 3
     if this.kernel in ("config_of_few", "moments_of_few", "momentum_update"):
         return 2 if "tickets" not in constants else 0
+    if this.kernel == "rule_of_gramian":
+        return 1 if "tickets" not in constants else 0
     return 0
 
 

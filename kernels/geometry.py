@@ -215,10 +215,16 @@ def scratch_elements(m: int) -> int:
     return 3 * padded * padded + 4 * padded
 
 
-def rule_warps(m: int) -> int:
-    """Warps of the program that turns a given Gramian into a method's weights: hundreds of short steps, each ended by
-    barriers and sums over all warps, which one warp does without; from 9 rows on the steps are long enough for more."""
-    return 1 if m <= 8 else 8 if m <= 32 else 16
+def rule_warps(m: int, parts: int) -> int:
+    """Warps of a program that turns a given Gramian into a method's weights, or one of several parts of them.
+
+    It takes hundreds of short steps, each ended by barriers and sums over all warps, which one warp does without; from
+    9 losses on the steps are long enough for more. With 64, 8 elements a thread and matrix leave room for all the
+    addresses that the compiler keeps, which else takes it half a minute. Of several parts, two warps at least: the
+    barrier of a lone one, which orders its stores before its ticket, AMD's compiler leaves out.
+    """
+    warps = 1 if m <= 8 else 8 if m <= 32 else 16
+    return max(2, warps) if parts else warps
 
 
 @cache

@@ -520,6 +520,7 @@ def _launch_rule(
 ) -> None:
     m, device = len(gramian), workspace.device
     parts = m if rule.kind == "upgrad" else 0
+    warps = geometry.rule_warps(m, parts)
     workspace.reserve_rule(geometry.rule_elements(m, parts))
     workspace.reserve_sums(0, 1)
     preferences = numbers_on(rule, "preferences", m, device)
@@ -534,9 +535,9 @@ def _launch_rule(
         operand=operand,
         scratch=workspace.rule_scratch,
         tickets=workspace.tickets if parts else None,
-        FENCE=device_of(device).fence(geometry.rule_warps(m)),
+        FENCE=device_of(device).fence(warps),
         **gramian_rule_arguments(rule, m),
-        **compiler_options(device, geometry.rule_warps(m), 1),
+        **compiler_options(device, warps, 1),
     )
 
 
