@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import geometry
 from .config_rule import active_rows, cells, diagonalise, multiply, solve_direction, store_unit_gramian
-from .newton import power_of, solve_bargain
+from .newton import is_solved, power_of, solve_bargain
 from .pivoting import copy_matrix, times
 from .quadratic import minimise_nonnegative, start_empty
 from .simplex import descend_on_simplex
@@ -49,7 +49,6 @@ KIND_NAMES = (
 )
 
 RTOL = tl.constexpr(1e-12)
-OPPOSED = tl.constexpr(1e-6)  # √RTOL
 VECTORS = tl.constexpr(geometry.RULE_VECTORS)
 MAX_LEVELS = tl.constexpr(40)  # of CAGrad's search; 14 were seen
 ON_THE_SPHERE = tl.constexpr(1.0 + 1e-14)
@@ -181,15 +180,14 @@ def start_shortest(scratch, MP: tl.constexpr):
     """Set out to find the point Σ w_i g_i of the hull that is nearest to 0, in y, y_i = w_i |g_i| up to a scale; MGDA.
 
     Source: arXiv 1810.04650, eq. 3. With the sum of w as one more coordinate the simplex becomes y ≥ 0: the least
-    squares ½ |Σ y_i u_i|² + ½ (ηᵀy - 1)² have the same direction.
+    squares ½ |Σ y_i u_i|² + ½ (ηᵀy - 1)² have the same direction, where η_i |g_i|, in vector 3, is the same for all.
 
-    Writes η into vector 3, the matrix C + ηηᵀ into matrix 1, and its tableau and free set into matrix 2 and vector 4.
-    Returns what ``start_empty`` does.
+    Writes the matrix C + ηηᵀ into matrix 1, and its tableau and free set into matrix 2 and vector 4. Returns what
+    ``start_empty`` does.
     """
     i = tl.arange(0, MP)
     along = vector_of(scratch, 3, MP)
     matrix = matrix_of(scratch, 1, MP)
-    store_along_all(scratch, along, MP)
     ones = tl.load(along + i)[:, None] * tl.load(along + i)[None, :]
     tl.store(matrix + cells(MP), tl.load(matrix_of(scratch, 0, MP) + cells(MP)) + ones)
     tl.debug_barrier()
@@ -225,6 +223,7 @@ def mgda_weights(scratch, M: tl.constexpr, MP: tl.constexpr):
     """[MP] the simplex's weights; zeros where the hull holds 0."""
     i = tl.arange(0, MP)
     y = vector_of(scratch, 10, MP)
+    store_along_all(scratch, vector_of(scratch, 3, MP), MP)
     damage = start_shortest(scratch, MP)
     minimise(scratch, vector_of(scratch, 3, MP), y, damage, M, MP)
     square, own = square_of(matrix_of(scratch, 0, MP), y, MP)
@@ -255,6 +254,7 @@ def cagrad_weights(scratch, radius, divisor, M: tl.constexpr, MP: tl.constexpr):
     multiply(unit, mean, products, MP)
     mean_square = tl.maximum(tl.sum(tl.load(mean + i) * tl.load(products + i)), 0.0)
     tl.store(distance, radius * tl.sqrt(mean_square))
+    store_along_all(scratch, along, MP)
     damage = start_shortest(scratch, MP)
     tl.store(target + i, tl.load(along + i))
     tl.debug_barrier()
@@ -316,7 +316,7 @@ def imtlg_weights(scratch, M: tl.constexpr, MP: tl.constexpr):
 
 @triton.jit
 def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
-    """[MP] a with (Ka)_i = p_i a_i^-β; zeros where the rows are opposed, so that there is none.
+    """[MP] a with (Ka)_i = p_i a_i^-β; zeros where there is none, as the hull of the unit rows holds 0.
 
     Args:
         max_norm: the most that |Σ a_i g_i| may be, to which longer ones are scaled; 0 for any.
@@ -324,8 +324,8 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
     i = tl.arange(0, MP)
     unit = matrix_of(scratch, 0, MP)
     active = vector_of(scratch, 0, MP)
-    factors = vector_of(scratch, 3, MP)
-    x = vector_of(scratch, 4, MP)
+    factors = vector_of(scratch, 11, MP)
+    x = vector_of(scratch, 12, MP)
     norms = relative_norms(scratch, MP)
     scaled = power_of(tl.where(norms > 0.0, norms, 1.0), beta - 1.0)
     tl.store(factors + i, tl.load(vector_of(scratch, 2, MP) + i) * scaled)
@@ -342,18 +342,30 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
         M,
         MP,
     )
-    wanted = tl.load(active + i) > 0.0
-    values = tl.where(wanted, tl.load(x + i), 0.0)
-    products = times(unit, x, MP)
-    square = tl.sum(values * products)
-    norm = tl.sqrt(tl.maximum(square, 0.0))
-    opposed = tl.min(tl.where(wanted, products, float("inf"))) <= OPPOSED * norm
+    opposed = ~is_solved(unit, factors, beta, active, x, MP)
+    if opposed:
+        opposed = holds_zero(scratch, M, MP)
+    values = tl.load(x + i) * tl.load(active + i)
+    norm = tl.sqrt(tl.maximum(tl.sum(values * times(unit, x, MP)), 0.0))
     largest = largest_norm(scratch, MP)
     unscaled = largest * power_of(largest, -2.0 / (1.0 + beta))
     weights = values * tl.load(vector_of(scratch, 1, MP) + i) * unscaled
     too_long = (max_norm > 0.0) & (norm * unscaled > max_norm)
     weights = tl.where(too_long, weights * quotient(max_norm, norm * unscaled), weights)
     return tl.where(opposed, 0.0, weights)
+
+
+@triton.jit
+def holds_zero(scratch, M: tl.constexpr, MP: tl.constexpr):
+    """Whether the hull of the unit rows holds 0. Overwrites what ``minimise`` does."""
+    i = tl.arange(0, MP)
+    y = vector_of(scratch, 10, MP)
+    tl.store(vector_of(scratch, 3, MP) + i, tl.load(vector_of(scratch, 0, MP) + i))
+    tl.debug_barrier()
+    damage = start_shortest(scratch, MP)
+    minimise(scratch, vector_of(scratch, 3, MP), y, damage, M, MP)
+    square, own = square_of(matrix_of(scratch, 0, MP), y, MP)
+    return square <= RTOL * own
 
 
 @triton.jit

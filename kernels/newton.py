@@ -15,8 +15,12 @@ MAX_STEPS = tl.constexpr(100)  # 25 were seen at condition 1e10, 40 with β = 0.
 MAX_TRIALS = tl.constexpr(40)  # of the length of a step
 BALANCED = tl.constexpr(1e-14)
 """Sides that differ by this part of their terms are equal."""
-RUN_OFF = tl.constexpr(1e-7)
-"""A cosine with the combination under which no solution with one above 1e-6 is left to be found."""
+RUN_OFF = tl.constexpr(1e-13)
+"""Where both sides are no more than this part of their terms, x is on its way to infinity."""
+MET = tl.constexpr(1e-10)
+"""Sides that differ by less than this part of their terms are a solution,"""
+CERTAIN = tl.constexpr(1e-12)
+"""if they are more than this part of them, and not rounding."""
 
 
 @triton.jit
@@ -27,13 +31,13 @@ def power_of(base, exponent):
 
 @triton.jit
 def solve_bargain(unit, factors, beta, matrix, tableau, active, x, work, M: tl.constexpr, MP: tl.constexpr):
-    """Write x, 1 where not active. Where there is no solution, what it runs off to: some cosine (Cx)_i/√(xᵀCx) ≈ 0.
+    """Write x, 1 where not active. Where there is no solution, what it runs off to; see ``is_solved``.
 
     Args:
         unit: C.
         factors: q, positive where active, which is 1 or 0.
         matrix, tableau: (MP, MP) float64, overwritten.
-        work: 6·MP float64.
+        work: 5·MP float64.
     """
     i = tl.arange(0, MP)
     gradient = work
@@ -103,10 +107,22 @@ def keeps_going(unit, factors, beta, active, x, MP: tl.constexpr):
     wanted = wanted_products(factors, beta, active, x, MP)
     terms = tl.load(unit + cells(MP)) * tl.load(x + i)[None, :]
     products = tl.sum(terms, axis=1)
-    unbalanced = tl.abs(wanted - products) > BALANCED * (wanted + tl.sum(tl.abs(terms), axis=1))
-    square = tl.sum(wanted * tl.load(x + i))
-    larger = tl.where(tl.load(active + i) > 0.0, tl.maximum(products, wanted), float("inf"))
-    return (tl.max(tl.where(unbalanced, 1, 0)) > 0) & (tl.min(larger) > RUN_OFF * tl.sqrt(square))
+    sizes = tl.sum(tl.abs(terms), axis=1)
+    unbalanced = tl.abs(wanted - products) > BALANCED * (wanted + sizes)
+    lost = (tl.load(active + i) > 0.0) & (tl.maximum(products, wanted) <= RUN_OFF * sizes)
+    return (tl.max(tl.where(unbalanced, 1, 0)) > 0) & (tl.max(tl.where(lost, 1, 0)) == 0)
+
+
+@triton.jit
+def is_solved(unit, factors, beta, active, x, MP: tl.constexpr):
+    """Whether x meets the equations, beyond doubt."""
+    i = tl.arange(0, MP)
+    wanted = wanted_products(factors, beta, active, x, MP)
+    terms = tl.load(unit + cells(MP)) * tl.load(x + i)[None, :]
+    products = tl.sum(terms, axis=1)
+    sizes = tl.sum(tl.abs(terms), axis=1)
+    met = (tl.abs(wanted - products) < MET * (wanted + sizes)) & (products > CERTAIN * sizes)
+    return tl.min(tl.where(met | (tl.load(active + i) == 0.0), 1, 0)) > 0
 
 
 @triton.jit
