@@ -68,27 +68,38 @@ def vector_of(scratch, number: tl.constexpr, MP: tl.constexpr):
 
 @triton.jit
 def prepare(
-    gramian, preferences, default, scratch, M: tl.constexpr, MP: tl.constexpr, ONLY_PREFERRED: tl.constexpr
+    gramian,
+    preferences,
+    scratch,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    SHARES: tl.constexpr,
+    ONLY_PREFERRED: tl.constexpr,
 ):
-    """Write what every rule begins with.
+    """Write what every rule begins with. Returns the sum of the preferences of all finite rows, zero ones too.
 
     Args:
-        preferences: (M,) float64, or None for ``default`` each.
+        preferences: (M,) float64, or None for 1 each.
+        SHARES: whether they are taken over that sum.
         ONLY_PREFERRED: whether rows of preference 0 are not active.
     """
     i = tl.arange(0, MP)
     inverse_norms = vector_of(scratch, 1, MP)
-    _, active, norms = active_rows(gramian, M, MP)
-    preference = tl.zeros([MP], tl.float64) + default
+    finite, active, norms = active_rows(gramian, M, MP)
+    preference = tl.where(i < M, 1.0, 0.0).to(tl.float64)
     if preferences is not None:
         preference = tl.load(preferences + i, mask=i < M, other=0.0)
+    total = tl.sum(tl.where(finite, preference, 0.0))
     if ONLY_PREFERRED:
         active = active & (preference > 0.0)
+    if SHARES:
+        preference = quotient(preference, total)
     tl.store(vector_of(scratch, 0, MP) + i, tl.where(active, 1.0, 0.0).to(tl.float64))
     tl.store(inverse_norms + i, tl.where(active, 1.0 / tl.where(active, norms, 1.0), 0.0))
     tl.store(vector_of(scratch, 2, MP) + i, tl.where(active, preference, 0.0))
     tl.debug_barrier()
     store_unit_gramian(gramian, inverse_norms, matrix_of(scratch, 0, MP), M, MP)
+    return total
 
 
 @triton.jit
@@ -129,10 +140,13 @@ def quotient(x, y):
 
 
 @triton.jit
-def constant_weights(scratch, divided, M: tl.constexpr, MP: tl.constexpr):
-    """[MP] the preferences; over the number of rows, active or not, with ``divided``."""
-    preference = tl.load(vector_of(scratch, 2, MP) + tl.arange(0, MP))
-    return tl.where(divided != 0.0, preference / M, preference)
+def constant_weights(operand, total, divided, scratch, M: tl.constexpr, MP: tl.constexpr):
+    """[MP] the operand, or the preferences where there is none; over the preferences' total with ``divided``."""
+    i = tl.arange(0, MP)
+    weights = tl.load(vector_of(scratch, 2, MP) + i)
+    if operand is not None:
+        weights = tl.load(operand + i, mask=i < M, other=0.0)
+    return tl.where(divided != 0.0, quotient(weights, total), weights)
 
 
 @triton.jit

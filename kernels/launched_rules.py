@@ -40,7 +40,6 @@ UNSPECIALIZED = [
     "gramian",
     "weights",
     "preferences",
-    "default",
     "operand",
     "first",
     "second",
@@ -56,7 +55,6 @@ def rule_of_gramian(
     gramian,
     weights,
     preferences,
-    default: tl.float64,
     operand,
     first: tl.float64,
     second: tl.float64,
@@ -68,6 +66,7 @@ def rule_of_gramian(
     MP: tl.constexpr,
     KIND: tl.constexpr,
     DROP: tl.constexpr,
+    SHARES: tl.constexpr,
     ONLY_PREFERRED: tl.constexpr,
     FENCE: tl.constexpr,
 ):
@@ -76,15 +75,15 @@ def rule_of_gramian(
     Args:
         gramian: (M, M) float64 contiguous.
         weights: (M,) float64, written.
-        preferences: (M,) float64, or None for ``default`` each.
-        operand: float64, what the rule reads besides, or None: the order of PCGrad, PRIORITY's places, GRADVAC's
+        preferences: (M,) float64, or None for 1 each.
+        operand: float64, what the rule reads besides, or None: CONSTANT's weights, the order of PCGRAD, PRIORITY's places, GRADVAC's
             targets and order, SDMGRAD's weights; the latter two are brought up to date.
         first, second, third, fourth: the rule's numbers.
         scratch: ``geometry.rule_elements`` float64 that no other launch uses meanwhile.
         tickets: int32 zeros, one, zero again when the launch ends; None with one program.
         KIND: the rule, one of those of ``gramian_rules``.
         DROP: leave non-finite rows out; else they make every weight NaN.
-        ONLY_PREFERRED: whether a row of preference 0 takes no part at all, as if it were zero.
+        SHARES, ONLY_PREFERRED: as ``gramian_rules.prepare``.
         FENCE: as ``arrival.arrived_last``.
     """
     i = tl.arange(0, MP)
@@ -93,15 +92,15 @@ def rule_of_gramian(
         row = tl.program_id(0)
         own = scratch + row * (VECTORS * MP + 3 * MP * MP)
         parts = scratch + M * (VECTORS * MP + 3 * MP * MP)
-        prepare(gramian, preferences, default, own, M, MP, ONLY_PREFERRED)
+        prepare(gramian, preferences, own, M, MP, SHARES, ONLY_PREFERRED)
         tl.store(parts + row * MP + i, upgrad_part(own, row, M, MP))
         if arrived_last(tickets, M, FENCE):
             found = sum_of_partials(parts, 0, M, 0, MP, MP, MP)
             tl.store(weights + i, checked(found, gramian, M, MP, DROP), mask=inside)
     else:
-        prepare(gramian, preferences, default, scratch, M, MP, ONLY_PREFERRED)
+        total = prepare(gramian, preferences, scratch, M, MP, SHARES, ONLY_PREFERRED)
         if KIND == CONSTANT:
-            found = constant_weights(scratch, first, M, MP)
+            found = constant_weights(operand, total, first, scratch, M, MP)
         elif KIND == INVERSE_NORM:
             found = inverse_norm_weights(scratch, first, MP)
         elif KIND == PCGRAD or KIND == PRIORITY or KIND == GRADVAC:

@@ -216,8 +216,9 @@ def test_without_an_operand_rows_meet_in_their_order_and_weights_are_the_prefere
         got, wanted = both(gramian, rule)
         np.testing.assert_allclose(got, wanted, rtol=1e-9)
     given = torch.arange(5.0, dtype=torch.float64, device=DEVICE)
-    got, _ = both(gramian, GramianRule("constant", (0.0,), (1.0,) * 5, "propagate"), given)
-    assert got.tolist() == given.tolist()
+    for divided in (0.0, 1.0):
+        got, _ = both(gramian, GramianRule("constant", (divided,), (2.0,) * 5, "propagate"), given)
+        assert got.tolist() == [i / 10.0**divided for i in range(5)]
 
 
 def test_equal_keys_count_in_the_order_of_the_losses() -> None:

@@ -524,9 +524,7 @@ def _launch_rule(
     workspace.reserve_rule(geometry.rule_elements(m, parts))
     workspace.reserve_sums(0, 1)
     preferences = numbers_on(rule, "preferences", m, device)
-    if rule.kind == "constant" and operand is not None:
-        preferences, operand = operand, None
-    elif rule.kind == "priority":
+    if rule.kind == "priority":
         operand = numbers_on(rule, "places", m, device)
     launched_rules.rule_of_gramian[(max(1, parts),)](
         gramian,
@@ -566,35 +564,27 @@ def gramian_rule_arguments(rule: GramianRule, m: int) -> dict[str, object]:
         "second": second,
         "third": third,
         "fourth": fourth,
-        "default": 1.0 / m if rule.kind in _BY_SHARES else 1.0,
         "M": m,
         "MP": geometry.power_of_two(m),
         "KIND": gramian_rules.KIND_NAMES.index(rule.kind),
         "DROP": rule.nonfinite == "drop",
+        "SHARES": rule.kind in _BY_SHARES,
         "ONLY_PREFERRED": rule.kind in _ONLY_PREFERRED,
     }
 
 
 def numbers_on(rule: GramianRule, name: str, m: int, device: torch.device) -> Tensor | None:
     """A rule's preferences, or its losses' places in Priority's order, on a device; kept as by ``direction_on``."""
-    if name == "preferences" and rule.preferences is None:
+    numbers: Sequence[float] | None = rule.preferences
+    if name == "places":
+        order = [int(loss) for loss in rule.parameters] or range(m)
+        numbers = [float(order.index(loss)) for loss in range(m)]
+    if numbers is None:
         return None
     kept: dict[tuple[str, int, torch.device], Tensor] = rule.__dict__.setdefault("_kept", {})
     if (name, m, device) not in kept:
-        numbers = _places(rule, m) if name == "places" else _preferences(rule)
         kept[name, m, device] = torch.tensor(numbers, dtype=torch.float64, device=device)
     return kept[name, m, device]
-
-
-def _preferences(rule: GramianRule) -> list[float]:
-    given = rule.preferences or ()
-    total = sum(given) if rule.kind in _BY_SHARES else 1.0
-    return [number / total for number in given]
-
-
-def _places(rule: GramianRule, m: int) -> list[float]:
-    order = [int(loss) for loss in rule.parameters] or range(m)
-    return [float(order.index(loss)) for loss in range(m)]
 
 
 def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor, out: Tensor) -> None:
