@@ -121,7 +121,8 @@ class Orchestra:
 
     def test(self) -> dict:
         """The tests that need a device, in several processes where pytest-xdist is there: they mostly compile."""
-        paths = [ROOT / "tests" / name for name in ("gpu", "test_triton.py", "test_momentum_triton.py")]
+        names = ("gpu", "test_triton.py", "test_triton_rules.py", "test_momentum_triton.py")
+        paths = [ROOT / "tests" / name for name in names]
         command = [sys.executable, "-m", "pytest", *(str(path) for path in paths if path.exists())]
         command += ["-q", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         command += ["--tb=short", "--durations=8", "-rfE"]

@@ -229,8 +229,10 @@ def rule_warps(m: int, parts: int) -> int:
 
 @cache
 def rule_elements(m: int, parts: int) -> int:
-    """float64 numbers that a method's rule works in: vectors and four matrices; or, where it is solved in ``parts``
-    and not 0, vectors and three matrices each and a vector for its result."""
+    """float64 numbers that a method's rule works in: vectors and four matrices.
+
+    Where it is solved in ``parts``, not 0, vectors and three matrices each, and a vector for its result.
+    """
     padded = power_of_two(m)
     if parts == 0:
         return RULE_VECTORS * padded + 4 * padded * padded

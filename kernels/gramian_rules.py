@@ -180,9 +180,7 @@ def surgery_weights(
         learns = all_of(finite)
         if DROP:
             learns = first == first
-        raise_cosines(
-            unit, changed, products, order, operand, first, learns, vector_of(scratch, 4, MP), change, M, MP
-        )
+        raise_cosines(unit, changed, products, order, operand, first, learns, vector_of(scratch, 4, MP), change, M, MP)
     else:
         store_order(operand, active, order, KIND == PRIORITY, M, MP)
         project_conflicts(unit, changed, products, order, change, M, MP)

@@ -122,7 +122,9 @@ def raise_cosines(
         tl.debug_barrier()
         tl.store(change + i, amount)
         tl.store(squares + i, square + amount * (2.0 * product + amount))
-        tl.store(targets + i * M + other, (1.0 - beta) * target + beta * cosine, mask=there & (i < tl.where(learns, M, 0)))
+        tl.store(
+            targets + i * M + other, (1.0 - beta) * target + beta * cosine, mask=there & (i < tl.where(learns, M, 0))
+        )
         tl.debug_barrier()
         add_rows(unit, changed, products, order, change, step, MP)
 

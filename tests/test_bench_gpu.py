@@ -14,7 +14,7 @@ from oracle import as_numpy, config
 sys.path.append(str(Path(__file__).parents[1] / "bench"))  # where ``python3 bench/gpu.py`` finds its parts
 
 import gpu
-from gpubench import momentum, sections, summary
+from gpubench import methods, momentum, sections, summary
 from gpubench.accuracy import Truth, quality
 from gpubench.inputs import copies_needed, gradients
 from gpubench.results import Report, Run
@@ -159,6 +159,27 @@ def test_steps_of_momentum_are_measured_beside_adam(run, report, monkeypatch: py
     assert records[3]["of_bandwidth"] == pytest.approx(13 * 1000 * 4 / 1e12 / 1e-3)
     assert len(list(summary.momentum_table_of(report))) == 1 + 6
     assert any("1,000.0 µs" in line for line in summary.summary(report))
+
+
+def test_methods_are_measured_alone_and_whole(run, report, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here on the CPU; the slowest is what the targets ask about."""
+    monkeypatch.setattr(
+        methods, "time_calls", lambda calls, run, seconds: Timing.of([call() is None or 1e-5 for call in calls])
+    )
+    run.current = "methods"
+    methods.measure_methods(run)
+    records = report.records("methods")
+    assert report.section("methods")["skipped"] == []
+    assert len(records) == 4 * len(methods.compilations(CPU)) / 2
+    records[0]["median_s"] = 1e-3
+    solver, many, whole = summary.method_targets(
+        [{**record, "n": 100_000_000} if record["what"] == "combination" else record for record in records]
+    )
+    assert (solver.met, many.met, whole.met) == (False, True, True)
+    assert whole.value == 1.0
+    assert records[0]["method"] in str(solver)
+    assert len(list(summary.methods_table_of(report))) == 1 + len(records) / 4
+    assert all(target.met is None for target in summary.method_targets([]))
 
 
 def test_layers_cover_every_parameter_once() -> None:

@@ -115,11 +115,12 @@ def both(gramian: np.ndarray, rule: GramianRule, operand: Tensor | None = None) 
 
 
 def length_of(gramian: np.ndarray, weights: np.ndarray) -> float:
-    """|Σ c_i g_i| over Σ |c_i||g_i|'s largest term: of the combination, whichever weights of equal rows it takes."""
+    """|Σ c_i g_i|."""
     return float(np.sqrt(max(weights @ gramian @ weights, 0.0)))
 
 
 def assert_same_combination(gramian: np.ndarray, got: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-9) -> None:
+    """Whichever weights equal rows have; relative to the longest |c_i g_i|."""
     scale = np.abs(wanted * np.sqrt(np.diagonal(gramian))).max()
     assert length_of(gramian, got - wanted) <= tolerance * scale
 
@@ -295,7 +296,7 @@ def test_mgda_is_the_point_of_the_hull_that_is_nearest_to_zero(m: int, case: str
 @pytest.mark.parametrize("c", [0.05, 0.5, 20.0])
 @pytest.mark.parametrize(("m", "rank"), [(5, 2), (6, 3), (12, 12)])
 def test_cagrad_reaches_what_its_dual_says_that_none_can_pass(m: int, rank: int, c: float) -> None:
-    """At d in the ball, the least g_i·d equals g_w·g_0 + radius·|g_w| for some w of the simplex; dependent rows, too."""
+    """The least g_i·d is g_w·g_0 + radius·|g_w| for some w of the simplex; rows that depend on others, too."""
     random = np.random.default_rng(26)
     rows = random.standard_normal((m, rank)) + (2.0 if rank < m else 0.0)
     gramian = rows @ rows.T

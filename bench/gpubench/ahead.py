@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from gpubench import momentum
+from gpubench import methods, momentum
 from gpubench.launch_table import call_for, candidates_of, table_of_one
 from gpubench.shapes import SHAPES, TUNED, Shape
 from gpubench.timing import Call
@@ -37,7 +37,7 @@ def compilations(device: torch.device) -> list[Call]:
             jobs += [partial(with_table, kind, launch, shape.m, shape.dtype) for launch in launches]
     for m, n in ((3, 64), (3, 65_536), (40, 65_536)):
         jobs.append(lambda m=m, n=n: momentum.steps(Shape(m, n), 1, device)[0]())
-    return jobs
+    return [*jobs, *methods.compilations(device)]
 
 
 def compile_some(device: torch.device, part: int, parts: int) -> None:

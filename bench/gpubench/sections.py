@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gpubench import launch_table, momentum, overhead, speed
+from gpubench import launch_table, methods, momentum, overhead, speed
 from gpubench.machine import describe_device
 from gpubench.results import Report, Run
 
@@ -22,6 +22,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "replays": speed.measure_replays,
     "one launch": launch_table.measure_one_launch,
     "momentum": momentum.measure_momentum,
+    "methods": methods.measure_methods,
     "alignment": speed.measure_alignment,
     "first call": overhead.measure_first_call,
     "libraries": speed.measure_libraries,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gpubench.results import Report
@@ -57,7 +57,25 @@ def targets_of(report: Report) -> list[Target]:
         worst_ratio("plain PyTorch", 2, ours, records),
         worst_ratio("compiled PyTorch", 2, ours, report.records("compiled")),
         worst_ratio("conflictfree", 50, ours, report.records("libraries")),
+        *method_targets(report.records("methods")),
     ]
+
+
+def method_targets(records: Sequence[dict]) -> Iterator[Target]:
+    """The slowest method's solver, and its whole combination beside ConFIG's."""
+    for m, limit in ((3, 40), (40, 400)):
+        slowest = slowest_of(record for record in records if record["what"] == "solver" and record["m"] == m)
+        text = f"{m} losses: {limit} µs for any method's solver; most by {slowest.get('method', '?')}"
+        yield at_most(text, scaled(slowest.get("median_s")), limit, "µs")
+    large = {"what": "combination", "m": 3, "n": 100_000_000}
+    config = find(records, **large, method="config").get("median_s")
+    slowest = slowest_of(record for record in records if find([record], **large))
+    ratio = slowest["median_s"] / config if config else None
+    yield at_most(f"(3, 1e+08): 1.3 × ConFIG; most by {slowest.get('method', '?')}", ratio, 1.3, "×")
+
+
+def slowest_of(records: Iterable[dict]) -> dict:
+    return max(records, key=lambda record: record["median_s"], default={})
 
 
 def bandwidth_targets(ours: Sequence[dict]) -> list[Target]:
@@ -123,6 +141,20 @@ def momentum_table_of(report: Report) -> Iterator[str]:
         yield line
 
 
+def methods_table_of(report: Report) -> Iterator[str]:
+    """One line a method: its solver alone, and whole combinations."""
+    records = report.records("methods")
+    if records:
+        yield f"{'method: solver at m =':24}{'3':>12}{'40':>12}{'(3, 1e8)':>14}{'(40, 1e7)':>14}"
+    for name in dict.fromkeys(record["method"] for record in records):
+        line = f"{name:24}"
+        for m in (3, 40):
+            line += f"{microseconds(find(records, what='solver', method=name, m=m).get('median_s')):>12}"
+        for m in (3, 40):
+            line += f"{microseconds(find(records, what='combination', method=name, m=m).get('median_s')):>14}"
+        yield line
+
+
 def microseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e6:,.1f} µs"
 
@@ -138,6 +170,8 @@ def summary(report: Report) -> list[str]:
         *table_of(report),
         "",
         *momentum_table_of(report),
+        "",
+        *methods_table_of(report),
         "",
         *left_undone(report),
         f"tests: status {tests.get('status', 'not run')}, {tests.get('what', '')}",

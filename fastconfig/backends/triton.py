@@ -274,7 +274,9 @@ class Workspace:
         self.gramian = self.weights = self.scratch = self.decision = self.partials
         self.tables: dict[object, Tensor] = {}
         self.rule_scratch = self.partials
-        self._m = self._partials = self._tickets = self._rule_scratch = 0  # what there is room for; asking a tensor takes longer
+        self._m = self._partials = self._tickets = self._rule_scratch = (
+            0  # what there is room for; asking a tensor takes longer
+        )
 
     def reserve_square(self, m: int) -> None:
         """Make room for solving the m×m problem; as in ``reserve_sums``, a steady state allocates nothing."""

@@ -52,10 +52,10 @@ class CRMOGM(Stateful):
         found = self.method.weights(gramian).to(torch.float64)
         if kept is None:
             # A first step that is not finite begins nothing: NaN stands for "not begun".
-            kept = torch.full_like(found, torch.nan)
+            kept = self._state = torch.full_like(found, torch.nan)
         begun = torch.isfinite(kept).all()
         smoothed = torch.where(begun, self.alpha * kept + (1.0 - self.alpha) * found, found)
-        self._state = torch.where(torch.isfinite(found).all(), smoothed, kept)
+        kept.copy_(torch.where(torch.isfinite(found).all(), smoothed, kept))  # in place, as a captured graph needs it
         return smoothed
 
     def state_dict(self) -> dict[str, object]:
