@@ -338,6 +338,8 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
     active = vector_of(scratch, 0, MP)
     factors = vector_of(scratch, 11, MP)
     x = vector_of(scratch, 12, MP)
+    hull = vector_of(scratch, 13, MP)  # asked before: behind the bargain, and only where in doubt, it would spill
+    tl.store(hull, tl.where(holds_zero(scratch, M, MP), 1.0, 0.0))
     norms = relative_norms(scratch, MP)
     scaled = power_of(tl.where(norms > 0.0, norms, 1.0), beta - 1.0)
     tl.store(factors + i, tl.load(vector_of(scratch, 2, MP) + i) * scaled)
@@ -354,9 +356,7 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
         M,
         MP,
     )
-    opposed = ~is_solved(unit, factors, beta, active, x, MP)
-    if opposed:
-        opposed = holds_zero(scratch, M, MP)
+    opposed = ~is_solved(unit, factors, beta, active, x, MP) & (tl.load(hull) > 0.0)
     values = tl.load(x + i) * tl.load(active + i)
     norm = tl.sqrt(tl.maximum(tl.sum(values * times(unit, x, MP)), 0.0))
     largest = largest_norm(scratch, MP)

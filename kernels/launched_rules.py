@@ -77,7 +77,7 @@ def rule_of_gramian(
         weights: (M,) float64, written.
         preferences: (M,) float64, or None for 1 each.
         operand: float64, what the rule reads besides, or None: CONSTANT's weights, PCGRAD's order, PRIORITY's places,
-            GRADVAC's targets and order, SDMGRAD's weights; of the last two targets and weights are brought up to date.
+            GRADVAC's targets and order, SDMGRAD's weights; what the last two remember is brought up to date.
         first, second, third, fourth: the rule's numbers.
         scratch: ``geometry.rule_elements`` float64 that no other launch uses meanwhile.
         tickets: int32 zeros, one, zero again when the launch ends; None with one program.
@@ -103,7 +103,7 @@ def rule_of_gramian(
             found = constant_weights(operand, total, first, scratch, M, MP)
         elif KIND == INVERSE_NORM:
             found = inverse_norm_weights(scratch, first, MP)
-        elif KIND == PCGRAD or KIND == PRIORITY or KIND == GRADVAC:  # noqa: SIM109 - Triton knows no "in"
+        elif KIND == PCGRAD or KIND == PRIORITY or KIND == GRADVAC:
             found = surgery_weights(gramian, operand, first, scratch, M, MP, KIND, DROP)
         elif KIND == MGDA:
             found = mgda_weights(scratch, M, MP)
@@ -111,7 +111,7 @@ def rule_of_gramian(
             found = cagrad_weights(scratch, first, second, M, MP)
         elif KIND == IMTLG:
             found = imtlg_weights(scratch, M, MP)
-        elif KIND == NASH or KIND == FAIRGRAD:  # noqa: SIM109
+        elif KIND == NASH or KIND == FAIRGRAD:
             found = bargain_weights(scratch, first, second, M, MP)
         elif KIND == ALIGNED:
             found = aligned_weights(scratch, first, MP)

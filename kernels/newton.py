@@ -50,9 +50,8 @@ def solve_bargain(unit, factors, beta, matrix, tableau, active, x, work, M: tl.c
         store_system(unit, factors, beta, active, x, matrix, gradient, MP)
         pivot_on_all(matrix, tableau, active, M, MP)
         solve_free(matrix, tableau, active, gradient, change, work + 2 * MP, MP)
-        going = keeps_going(unit, factors, beta, active, x, MP)
         length, descends = step_length(unit, factors, beta, active, x, change, work + 2 * MP, MP)
-        going = going & descends
+        going = keeps_going(unit, factors, beta, active, x, MP) & descends
         moved = tl.load(x + i) * (1.0 + length * tl.load(change + i))
         tl.debug_barrier()
         tl.store(x + i, moved)
