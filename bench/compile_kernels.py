@@ -711,7 +711,9 @@ class Accepted(NamedTuple):
 
 AROUND_THE_LOOP = "numbers of 33 to 48 averages, written before the loop over columns and read back once behind it"
 A_TILE = "numbers of 33 and more averages beside their gradients, read back once a tile"
+IN_THE_CACHE = "numbers and addresses kept through the loops of a solver whose matrices lie in the same cache"
 ACCEPTED = (
+    *(Accepted("3.6.", name, 64, 360, IN_THE_CACHE, "rule_of_gramian") for name in ("sm_80", "sm_90", "sm_100")),
     Accepted("3.6.", "sm_80", 64, 24, "three numbers, kept through the solve's two ways, once a launch"),
     Accepted("3.6.", "sm_90", 64, 24, "three addresses of 33 to 48 float64 rows, read back once a tile"),
     Accepted("3.6.", "sm_90", 128, 8, "one number of over 64 float64 rows, read back once a launch"),
