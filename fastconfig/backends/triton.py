@@ -522,7 +522,7 @@ def _launch_rule(
 ) -> None:
     m, device = len(gramian), workspace.device
     parts = m if rule.kind == "upgrad" else 0
-    warps = geometry.rule_warps(m, parts)
+    warps = geometry.solve_warps(m) if rule.kind in _AS_CONFIG else geometry.rule_warps(m, parts)
     workspace.reserve_rule(geometry.rule_elements(m, parts))
     workspace.reserve_sums(0, 1)
     preferences = numbers_on(rule, "preferences", m, device)
@@ -543,6 +543,8 @@ def _launch_rule(
 
 _BY_SHARES = ("cagrad", "aligned", "dualproj", "upgrad", "sdmgrad")
 """Kinds that take the preferences over their sum."""
+_AS_CONFIG = ("imtlg", "aligned")
+"""Kinds that solve as ConFIG does, with as many warps."""
 _ONLY_PREFERRED = ("cagrad", "nash", "fairgrad")
 """Kinds in which a row of preference 0 takes no part."""
 
