@@ -19,11 +19,9 @@ WHOLE = (Shape(3, 100_000_000), Shape(40, 10_000_000))
 
 def measure_methods(run: Run) -> None:
     """From a Gramian in memory to weights, on the device alone where there is one; then whole combinations."""
-    from fastconfig.methods.catalogue import CATALOGUE
-
     for m in SOLVED:
         gramian = conflicting_gramian(m, run.device)
-        for name in run.cases(list(CATALOGUE), 2.0):
+        for name in run.cases(names(), 2.0):
             with run.case(f"{name}, {m} losses"):
                 calls = [solve(name, gramian)]
                 timing = (time_replays if run.on_gpu else time_calls)(calls, run, 0.1)
@@ -32,12 +30,19 @@ def measure_methods(run: Run) -> None:
             return
     for shape in map(run.shrunk, run.cases(WHOLE, 3.0)):
         block = gradients(shape, run, copies=1)[0]
-        for name in run.cases(list(CATALOGUE), 1.0):
+        for name in run.cases(names(), 1.0):
             with run.case(f"{name} {shape}"):
                 timing = time_calls([combine(name, block)], run, 0.1)
                 run.add({"what": "combination", "method": name, **shape.labels, **asdict(timing)})
         del block
         run.release()
+
+
+def names() -> list[str]:
+    """The methods that are rules on the Gramian: all but GradDrop."""
+    from fastconfig.methods.catalogue import CATALOGUE
+
+    return [name for name, entry in CATALOGUE.items() if hasattr(entry.title, "weights")]
 
 
 def conflicting_gramian(m: int, device: torch.device) -> Tensor:
@@ -64,6 +69,4 @@ def combine(name: str, grads: Tensor) -> Call:
 
 def compilations(device: torch.device) -> Sequence[Call]:
     """What compiles every kernel that is measured here."""
-    from fastconfig.methods.catalogue import CATALOGUE
-
-    return [solve(name, conflicting_gramian(m, device)) for m in SOLVED for name in CATALOGUE]
+    return [solve(name, conflicting_gramian(m, device)) for m in SOLVED for name in names()]

@@ -274,9 +274,8 @@ class Workspace:
         self.gramian = self.weights = self.scratch = self.decision = self.partials
         self.tables: dict[object, Tensor] = {}
         self.rule_scratch = self.partials
-        self._m = self._partials = self._tickets = self._rule_scratch = (
-            0  # what there is room for; asking a tensor takes longer
-        )
+        # What there is room for; asking a tensor takes longer.
+        self._m = self._partials = self._tickets = self._rule_scratch = 0
 
     def reserve_square(self, m: int) -> None:
         """Make room for solving the m×m problem; as in ``reserve_sums``, a steady state allocates nothing."""
