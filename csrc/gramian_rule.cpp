@@ -43,7 +43,7 @@ std::vector<double> Problem::preferences() const {
 
 std::vector<double> Problem::shares() const {
     std::vector<double> result = preferences();
-    for (double& share : result) share /= total;
+    for (double& share : result) share = total > 0.0 ? share / total : 0.0;
     return result;
 }
 
@@ -69,7 +69,7 @@ int64_t GramianRule::weights(const double* gramian, int64_t m, double* operand, 
 
 const NamedMethod* method_named(const char* name) {
     static const NamedMethod methods[] = {
-        {"constant", constant, false}, {"inverse_norm", inverse_norm, false},
+        {"constant", constant, false}, {"inverse_norm", inverse_norm, true},
         {"imtlg", imtlg, false},       {"aligned", aligned, false},
         {"pcgrad", pcgrad, false},     {"priority", priority, false},
         {"gradvac", gradvac, false},   {"mgda", mgda, false},

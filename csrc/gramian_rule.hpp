@@ -21,7 +21,7 @@ struct Problem {
 
     // (k,) the preferences, 1 where none were given.
     std::vector<double> preferences() const;
-    // (k,) the preferences divided by that sum.
+    // (k,) the preferences divided by that sum; zeros where only rows that were dropped had any.
     std::vector<double> shares() const;
     // (k,) the products of the rows with the combination by `weights` (k,).
     std::vector<double> products(const std::vector<double>& weights) const;

@@ -11,11 +11,19 @@
 namespace fastconfig {
 namespace {
 
+// The length of the combination Σ y_i u_i of the unit rows.
+double length_of(const Problem& problem, const std::vector<double>& y) {
+    double square = 0.0;
+    for (int64_t i = 0; i < problem.k; ++i) square += y[i] * dot(&problem.unit[i * problem.k], y.data(), problem.k);
+    return std::sqrt(std::max(square, 0.0));
+}
+
 // v(t) ≥ 0 of the point d = g₀ + Gᵀv nearest to g₀ at which every row's product with d is at least t: it minimises
-// ½vᵀKv + (b - t·1)ᵀv with b = G g₀ (Lagrange dual). Held in unit form y = v·norm.
+// ½vᵀKv + (b - t·1)ᵀv with b = G g₀ (Lagrange dual). Held in unit form y = v·norm. Norms may be in any unit: b, t and
+// the distance are in it, too.
 class Raised {
  public:
-    Raised(const Problem& problem, const std::vector<double>& b)
+    Raised(const Problem& problem, const std::vector<double>& norm, const std::vector<double>& b)
         : problem_(problem),
           program_(problem.unit.data(), problem.k),
           f_(problem.k),
@@ -23,8 +31,8 @@ class Raised {
           unit_b_(b),
           y_(problem.k) {
         for (int64_t i = 0; i < problem.k; ++i) {
-            eta_[i] = 1.0 / problem.norm[i];
-            unit_b_[i] = b[i] / problem.norm[i];
+            eta_[i] = 1.0 / norm[i];
+            unit_b_[i] = b[i] / norm[i];
         }
     }
 
@@ -32,10 +40,7 @@ class Raised {
     double distance(double t) {
         for (int64_t i = 0; i < problem_.k; ++i) f_[i] = t * eta_[i] - unit_b_[i];
         program_.solve(f_.data(), y_.data());
-        double square = 0.0;
-        for (int64_t i = 0; i < problem_.k; ++i)
-            square += y_[i] * dot(&problem_.unit[i * problem_.k], y_.data(), problem_.k);
-        return std::sqrt(std::max(square, 0.0));
+        return length_of(problem_, y_);
     }
 
     // The t at which the distance is `wanted`, were the same rows bound as in the last solution: there y = t·u - r with
@@ -73,8 +78,11 @@ class Raised {
     std::vector<double> f_, eta_, unit_b_, y_;
 };
 
-// w ← its Euclidean projection on the simplex: w - τ, cut at 0, with the τ that makes the sum 1.
+// w ← its Euclidean projection on the simplex: w - τ, cut at 0, with the τ that makes the sum 1. First the largest
+// entry is brought to 0, which changes nothing but that 1 is not lost beside it.
 void project_on_simplex(std::vector<double>& w) {
+    const double largest = *std::max_element(w.begin(), w.end());
+    for (double& value : w) value -= largest;
     std::vector<double> sorted(w);
     std::sort(sorted.begin(), sorted.end(), std::greater<double>());
     double sum = 0.0, shift = 0.0;
@@ -96,27 +104,33 @@ void mgda(const Problem& problem, const std::vector<double>&, double*, double* c
 void cagrad(const Problem& problem, const std::vector<double>& parameters, double*, double* c) {
     const int64_t k = problem.k;
     const double relative = parameters[0];
-    const std::vector<double> shares = problem.shares(), b = problem.products(shares);
-    const double radius = relative * std::sqrt(std::max(dot(shares.data(), b.data(), k), 0.0));
+    const std::vector<double> shares = problem.shares();
     const double scale = parameters[1] == 0.0   ? 1.0
                          : parameters[1] == 1.0 ? 1.0 / (1.0 + relative * relative)
                                                 : 1.0 / (1.0 + relative);
     for (int64_t i = 0; i < k; ++i) c[i] = scale * shares[i];
+
+    // In units of the largest norm: else products of two, times the radius, may leave float64's range.
+    const double longest = *std::max_element(problem.norm.begin(), problem.norm.end());
+    std::vector<double> norm(problem.norm), mean(shares), b(k), w(k);
+    for (int64_t i = 0; i < k; ++i) mean[i] *= norm[i] /= longest;
+    multiply(problem.unit.data(), mean.data(), b.data(), k);
+    for (int64_t i = 0; i < k; ++i) b[i] *= norm[i];
+    const double radius = relative * length_of(problem, mean);
     if (radius == 0.0) return;
 
     // The level t that all rows' products reach: at least what g₀ reaches, at most what the hull's least point allows.
-    std::vector<double> w(k);
-    const bool apart = least_norm_point(problem.unit.data(), problem.norm.data(), k, w.data());
-    const std::vector<double> along = problem.products(w);
-    double low = *std::min_element(b.begin(), b.end());
-    double high = 0.0;  // no direction goes along with all rows, where their hull holds the origin
-    if (apart) high = dot(b.data(), w.data(), k) + radius * std::sqrt(dot(w.data(), along.data(), k));
-    high = std::max(high, low);
+    const bool apart = least_norm_point(problem.unit.data(), norm.data(), k, w.data());
+    double low = *std::min_element(b.begin(), b.end()), high = dot(b.data(), w.data(), k);
+    for (int64_t i = 0; i < k; ++i) w[i] *= norm[i];
+    // No direction goes along with all rows where their hull holds the origin.
+    high = std::max(apart ? high + radius * length_of(problem, w) : 0.0, low);
 
-    Raised raised(problem, b);
+    Raised raised(problem, norm, b);
     double t = high, distance = raised.distance(t);
-    // Finite: the guess from the right set of rows is exact. The bound is for what rounding leaves undecided.
-    for (int turn = 0; turn < 100 && std::fabs(distance - radius) > 1e-13 * radius; ++turn) {
+    // Finite: the guess from the right set of rows is exact. The bound is for what rounding leaves undecided, and for
+    // halving the way to a t that is many orders under the largest.
+    for (int turn = 0; turn < 400 && std::fabs(distance - radius) > 1e-13 * radius; ++turn) {
         if (distance < radius && t == high) break;  // the hull holds the origin: the ball is larger than needed
         (distance > radius ? high : low) = t;
         const double guess = raised.extrapolate(radius);
@@ -129,7 +143,7 @@ void cagrad(const Problem& problem, const std::vector<double>& parameters, doubl
 
 void dualproj(const Problem& problem, const std::vector<double>&, double*, double* c) {
     const std::vector<double> shares = problem.shares();
-    Raised raised(problem, problem.products(shares));
+    Raised raised(problem, problem.norm, problem.products(shares));
     raised.distance(0.0);
     for (int64_t i = 0; i < problem.k; ++i) c[i] = shares[i] + raised.coefficient(i);
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import cvxpy
 import numpy as np
@@ -60,6 +62,7 @@ def variants(m: int) -> list[GramianMethod]:
         fc.IMTLG(),
         fc.NashMTL(),
         fc.NashMTL(max_norm=None, weights=some),
+        fc.NashMTL(max_norm=1.7, weights=preferences),
         fc.FairGrad(),
         fc.FairGrad(2.0, weights=preferences),
         fc.FairGrad(0.5, weights=some),
@@ -400,6 +403,62 @@ def test_what_is_not_finite_changes_no_state(backend):
         assert torch.equal(state[0], before[0])  # GradVac's second half is a draw
 
 
+PREFERRING = (
+    fc.InverseNorm,
+    fc.PCGrad,
+    fc.GradVac,
+    fc.CAGrad,
+    fc.SDMGrad,
+    fc.DualProj,
+    fc.UPGrad,
+    fc.NashMTL,
+    fc.FairGrad,
+    fc.AlignedMTL,
+)
+
+
+@pytest.mark.parametrize("make", PREFERRING)
+def test_preferences_of_dropped_rows_alone_leave_nothing_to_do(backend, make):
+    rows = torch.tensor([[math.nan, 1.0, 2.0], [1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    update = fc.combine(rows, make(weights=[1.0, 0.0, 0.0], nonfinite="drop"), backend=backend)
+    if make is fc.SDMGrad:  # its weights are of its own, and preferences only draw on them
+        assert torch.isfinite(update).all()
+    else:
+        assert not update.any()
+
+
+def test_no_size_or_spread_of_norms_leaves_float64(backend):
+    rows = torch.from_numpy(rows_of("crossed", 4))
+    for name in ("config", "imtlg", "mgda", "cagrad", "dualproj", "upgrad", "alignedmtl", "priority", "inversenorm"):
+        method = fc.CAGrad(1e12) if name == "cagrad" else CATALOGUE[name].make(4)
+        wanted = fc.combine(rows, method, backend=backend)
+        for scale in (2.0**-495, 2.0**495):  # 1e-149 and 1e149, exactly
+            found = fc.combine(scale * rows, method, backend=backend) / scale
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0.0)
+    # CAGrad's level is then many orders under the largest product, and far to halve to.
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    spread = unit * torch.tensor([[1e29], [1e-29], [1e-8], [1e30]], dtype=torch.float64)
+    v = (solved(fc.CAGrad(0.5), fc.gramian(spread), backend) - 0.25) * spread.norm(dim=1).numpy()
+    assert np.linalg.norm(v @ unit.numpy()) == pytest.approx(0.5 * spread.mean(dim=0).norm().item(), rel=1e-9)
+
+
+def test_inverse_norms_of_rows_that_count(backend):
+    """A tiny gradient without preference must not make the others' factors underflow."""
+    rows = torch.diag(torch.tensor([1e-3, 1.0, 2.0], dtype=torch.float64))
+    update = fc.combine(rows, fc.InverseNorm(300.0, weights=[0.0, 1.0, 1.0]), backend=backend)
+    torch.testing.assert_close(update, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64))
+
+
+def test_sdmgrad_at_any_rate_keeps_to_the_simplex(backend):
+    rows = torch.eye(3, dtype=torch.float64) - 0.4 + torch.arange(3.0)[:, None]
+    for rate in (1e12, 1e20, 1e200):
+        method = fc.SDMGrad(lr=rate)
+        update = fc.combine(rows, method, backend=backend)
+        state = method.state_dict()["state"]
+        assert torch.equal(state.sort().values, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+        torch.testing.assert_close(update, (state + 0.1) / 1.3 @ rows)
+
+
 def test_cagrad_between_the_mean_and_mgda(backend):
     rows = torch.from_numpy(rows_of("leaning", 5))
     assert torch.equal(fc.combine(rows, fc.CAGrad(0.0), backend=backend), fc.combine(rows, fc.Mean(), backend=backend))
@@ -443,6 +502,23 @@ def test_cagrad_of_a_subset_is_the_papers_program(backend):
     assert {int(i) for i in info.weights.nonzero()} == {row for row, _ in chosen}
 
 
+def test_gradvac_at_the_ends_of_what_a_cosine_can_be(backend):
+    module = {"cpu": cpu, "reference": reference}[backend]
+    for target, gramian in (
+        (1.0 - 1e-14, torch.tensor([[1.0, 0.3], [0.3, 1.0]])),  # a turn that far is none that float64 knows
+        (-1.0, torch.tensor([[1.0, -1.0], [-1.0, 1.0]])),
+    ):
+        state = torch.full((2, 2, 2), target, dtype=torch.float64)
+        assert torch.equal(module.rule_weights(gramian.double(), fc.GradVac().rule, state), torch.ones(2).double())
+    for seed in range(40):  # where rounding takes some cosines past -1 and 1
+        row = torch.from_numpy(np.random.default_rng(seed).standard_normal((1, 7)))
+        rows = row * torch.tensor([[1.0], [-1.0 / 3.0], [0.7]])
+        method = fc.GradVac(0.5)
+        for _ in range(3):
+            assert torch.isfinite(fc.combine(rows, method, backend=backend)).all()
+        assert method.targets.abs().max() <= 1.0
+
+
 def test_priority_protects_the_first(backend):
     rows = torch.from_numpy(rows_of("crossed", 6))
     for order in (None, [3, 1, 0, 5, 4, 2]):
@@ -478,6 +554,57 @@ def test_nash_mtl_in_between_solutions(backend):
     torch.testing.assert_close(
         fc.combine(rows[3], method, backend=backend), fc.combine(rows[3], fc.NashMTL(), backend=backend)
     )
+
+
+def test_nash_mtl_in_between_solutions_meets_gradients_that_are_not_finite(backend):
+    good, bad = torch.eye(3), torch.eye(3)
+    bad[0, 0] = math.nan
+
+    def combined(rows, method):
+        return fc.combine(rows, method, backend=backend)
+
+    begun = fc.NashMTL(update_every=3)
+    assert combined(bad, begun).isnan().all()  # as with a GradScaler whose scale is too large at first
+    wanted = combined(good, fc.NashMTL())
+    for _ in range(3):
+        torch.testing.assert_close(combined(good, begun), wanted)
+    zero = torch.eye(3)
+    zero[0, 0] = 0.0
+    method = fc.NashMTL(update_every=3)
+    combined(zero, method)
+    assert combined(bad, method).isnan().all()  # though the solution gives this row no weight
+    torch.testing.assert_close(combined(good, method)[1:], wanted.new_tensor([0.5, 0.5]).sqrt())
+    dropping = fc.NashMTL(update_every=3, nonfinite="drop")
+    combined(good, dropping)
+    torch.testing.assert_close(combined(bad, dropping), torch.tensor([0.0, 0.5, 0.5]).sqrt())
+    raising = fc.NashMTL(update_every=3, nonfinite="raise")
+    combined(good, raising)
+    with pytest.raises(FloatingPointError, match="loss 0"):
+        combined(bad, raising)
+    free = fc.NashMTL(update_every=2, max_norm=None)
+    torch.testing.assert_close(combined(good, free), torch.ones(3))
+    torch.testing.assert_close(combined(5.0 * good, free), torch.full((3,), 5.0))
+
+
+class Answering:
+    """A method of a user."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def weights(self, gramian):
+        return self.answer
+
+
+def test_crmogm_of_a_users_method(backend):
+    parameter = torch.ones(2, requires_grad=True)
+    method = fc.CRMOGM(Answering(2 * parameter), alpha=0.5)
+    for _ in range(2):
+        torch.testing.assert_close(fc.combine(torch.eye(2), method, backend=backend), torch.full((2,), 2.0))
+        assert not method.state_dict()["state"].requires_grad  # else every step's graph would be kept
+    for answer, error in (([1.0, 1.0], TypeError), (torch.ones(2, 1), ValueError), (torch.ones(3), ValueError)):
+        with pytest.raises(error, match=r"Answering.weights must return .*\(2,\)"):
+            fc.CRMOGM(Answering(answer)).weights(torch.eye(2))
 
 
 def test_crmogm_smooths(backend):
@@ -542,12 +669,40 @@ def test_a_state_of_another_kind_is_refused():
         fc.GradVac().load_state_dict({"targets": None})
     with pytest.raises(ValueError, match="saved with a generator"):
         fc.GradVac().load_state_dict(fc.GradVac(generator=torch.Generator()).state_dict())
+    other, targets = fc.SDMGrad(), fc.GradVac()
+    fc.combine(torch.eye(2), other)
+    targets.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"GradVac was given a state of shape \(2,\) and needs \(2, 2, 2\)"):
+        fc.combine(torch.eye(2), targets)
     method = fc.SDMGrad()
     fc.combine(torch.eye(3), method)
     with pytest.raises(ValueError, match=r"remembers 3 losses and was asked for 2; call reset\(\)"):
         fc.combine(torch.eye(2), method)
     method.reset()
     fc.combine(torch.eye(2), method)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_copies_go_on_by_themselves(name):
+    rows = torch.from_numpy(rows_of("crossed", 3))
+    method = CATALOGUE[name].make(3)
+    fc.combine(rows, method)
+    copies = copy.deepcopy(method), pickle.loads(pickle.dumps(method))
+    answers = []
+    for each in (*copies, method):
+        torch.manual_seed(0)
+        answers.append([fc.combine(rows, each) for _ in range(2)])
+        assert repr(each) == repr(method)
+    for copied in answers[:-1]:
+        assert all(map(torch.equal, copied, answers[-1]))
+
+
+def test_a_state_of_a_checkpoint_in_another_precision_is_read():
+    method, again = fc.SDMGrad(), fc.SDMGrad()
+    fc.combine(torch.eye(3) - 0.4, method)
+    state = method.state_dict()
+    again.load_state_dict({**state, "state": state["state"].float().expand(2, 3).T[:, 0]})
+    torch.testing.assert_close(fc.combine(torch.eye(3), again), fc.combine(torch.eye(3), method))
 
 
 def test_random_orders_are_all_taken():
@@ -601,7 +756,13 @@ WRONG = [
     (lambda: fc.CAGrad().reduced([torch.ones(1)]), ValueError, "reduced needs fast"),
     (lambda: fc.NashMTL(max_norm=0.0), ValueError, "max_norm must be finite and above 0, got 0.0"),
     (lambda: fc.NashMTL(update_every=0), ValueError, "update_every must be at least 1, got 0"),
-    (lambda: fc.FairGrad(0.0), ValueError, "alpha must be finite and at least 0.05, got 0.0"),
+    (lambda: fc.FairGrad(0.0), ValueError, r"alpha must lie in \[0.05, 10\], got 0.0"),
+    (lambda: fc.FairGrad(50), ValueError, r"alpha must lie in \[0.05, 10\], got 50"),
+    (lambda: fc.CAGrad(rescale=1.0), TypeError, "rescale must be an int, got 1.0"),
+    (lambda: fc.CAGrad(np.float32(-1.0)), ValueError, "c must be finite and at least 0, got -1.0"),
+    (lambda: fc.Priority("01"), TypeError, "order must be a sequence of ints, .* got '01'"),
+    (lambda: fc.Priority(3), TypeError, "order must be a sequence of ints, .* got 3"),
+    (lambda: fc.MGDA().weights([[1.0]]), TypeError, r"gramian must be a tensor of shape \(m, m\), got list"),
     (lambda: fc.AlignedMTL("max"), ValueError, "scale must be one of min, median, rmse, got 'max'"),
     (lambda: fc.GradVac(1.5), ValueError, r"beta must lie in \[0, 1\], got 1.5"),
     (lambda: fc.SDMGrad(momentum=1.0), ValueError, "momentum must lie in"),

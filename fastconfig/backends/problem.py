@@ -62,8 +62,8 @@ class Problem:
 
     @property
     def shares(self) -> Vector:
-        """(k,) the preferences over that sum: 1/m where none were given."""
-        return self.preferences / self.total
+        """(k,) the preferences over that sum: 1/m where none were given. Zeros where only dropped rows had any."""
+        return self.preferences / self.total if self.total > 0.0 else np.zeros(self.k)
 
 
 Reference = Callable[[Problem, Sequence[float], "NDArray[np.float64] | None"], Vector]

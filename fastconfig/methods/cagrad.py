@@ -16,13 +16,14 @@ none, or as far towards it as the ball allows. |g₀| = 0 gives zero, for the ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastconfig.backends.problem import Problem, Vector, reference_of
+from fastconfig.backends.problem import Matrix, Problem, Vector, reference_of
 from fastconfig.backends.rules import GramianRule, NonFinite
 from fastconfig.methods.base import (
     StatefulMethod,
@@ -42,24 +43,30 @@ def _cagrad(problem: Problem, parameters: Sequence[float], operand: Vector | Non
     """parameters: c and the rescaling's number."""
     del operand
     c, rescale = parameters
-    shares = problem.shares
-    b = problem.gramian @ shares
-    radius = float(c * np.sqrt(max(float(shares @ b), 0.0)))
-    raised = _raised(problem, b, radius) if radius > 0 else np.zeros(problem.k)
-    return (shares + raised) / (1.0, 1.0 + c**2, 1.0 + c)[int(rescale)]
+    # In units of the largest norm: else products of two, times the radius, may leave float64's range.
+    norms, shares = problem.norms / problem.norms.max(), problem.shares
+    b = norms * (problem.unit @ (norms * shares))
+    radius = c * _length(problem.unit, norms * shares)
+    raised = _raised(problem.unit, norms, b, radius) if radius > 0 else np.zeros(problem.k)
+    return (shares + raised) / (1.0, 1.0 + c * c, 1.0 + c)[int(rescale)]
 
 
-def _raised(problem: Problem, b: Vector, radius: float) -> Vector:
+def _length(unit: Matrix, y: Vector) -> float:
+    """Of the combination Σ y_i u_i of the unit rows."""
+    return math.sqrt(max(float(y @ unit @ y), 0.0))
+
+
+def _raised(unit: Matrix, norms: Vector, b: Vector, radius: float) -> Vector:
     """V of the level t at which |Gᵀv(t)|, which grows with t, is the radius: by bisection."""
 
     def at(t: float) -> tuple[Vector, float]:
-        y = nonnegative(problem.unit, (t - b) / problem.norms)
-        return y / problem.norms, float(np.sqrt(max(float(y @ problem.unit @ y), 0.0)))
+        y = nonnegative(unit, (t - b) / norms)
+        return y / norms, _length(unit, y)
 
-    w, is_apart = least_norm_point(problem.unit, problem.norms)
+    w, is_apart = least_norm_point(unit, norms)
     low = b.min()  # what g₀ reaches
     # No level is higher than the dual's value for some w; none is positive where the hull holds the origin.
-    high = max(low, b @ w + radius * np.sqrt(w @ problem.gramian @ w) if is_apart else 0.0)
+    high = max(low, b @ w + radius * _length(unit, norms * w) if is_apart else 0.0)
     v, distance = at(high)
     if distance <= radius:
         return v
@@ -86,7 +93,7 @@ class CAGrad(StatefulMethod):
             ``ConFIG``.
 
     Raises:
-        TypeError: c is no number, fast no int, generator none.
+        TypeError: c is no number, rescale or fast no int, generator none.
         ValueError: c is negative or not finite; rescale not 0, 1 or 2; fast under 2, or with weights; weights that are
             not that; an unknown nonfinite.
 
@@ -104,7 +111,8 @@ class CAGrad(StatefulMethod):
         generator: torch.Generator | None = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        if isinstance(rescale, bool) or rescale not in RESCALES:
+        rescale = check_count("rescale", rescale, least=0)
+        if rescale not in RESCALES:
             raise ValueError(f"rescale must be 0 (none), 1 (by 1 + c²) or 2 (by 1 + c), got {rescale!r}")
         self._c, self._rescale = check_number("c", c, 0.0), float(rescale)
         self._fast = None if fast is None else check_count("fast", fast, least=2)
@@ -112,7 +120,7 @@ class CAGrad(StatefulMethod):
         if fast is not None and preferences is not None:
             raise ValueError("weights cannot be combined with fast: the losses that are left out enter by their mean")
         rule = GramianRule("cagrad", (self._c, self._rescale), preferences, check_nonfinite(nonfinite))
-        super().__init__(rule, c=self._c, rescale=rescale, fast=fast, weights=preferences)
+        super().__init__(rule, c=self._c, rescale=rescale, fast=self._fast, weights=preferences)
         self.generator = check_generator(generator)
 
     def reduced(self, losses: Sequence[Tensor | Callable[[], Tensor]]) -> list[tuple[int, Callable[[], Tensor]]]:

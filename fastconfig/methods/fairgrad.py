@@ -43,14 +43,15 @@ class FairGrad(GramianMethod):
     """FairGrad: K a = a^(-1/α), exactly.
 
     Args:
-        alpha: α > 0, how much a small decrease counts before a large one; the paper uses 1 and 2.
+        alpha: α from 0.05 to 10, how much a small decrease counts before a large one; the paper uses 1 and 2.
         weights: w, m finite numbers from 0 on, not all zero; None for 1 each.
         nonfinite: what becomes of a gradient that holds inf or NaN: ``"propagate"``, ``"drop"`` or ``"raise"``, as in
             ``ConFIG``.
 
     Raises:
         TypeError: alpha is no number.
-        ValueError: alpha under 0.05, where exponents leave float64; weights that are not that; an unknown nonfinite.
+        ValueError: alpha outside [0.05, 10], where powers leave float64; weights that are not that; an unknown
+            nonfinite.
 
     Source: Ban & Ji, ICML 2024 (arXiv 2402.15638), eq. 4.
     """
@@ -63,7 +64,7 @@ class FairGrad(GramianMethod):
         weights: Sequence[float] | Tensor | None = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        number = check_number("alpha", alpha, 0.05)
+        number = check_number("alpha", alpha, 0.05, 10.0)
         preferences = check_preferences(weights)
         rule = GramianRule("fairgrad", (number,), preferences, check_nonfinite(nonfinite))
         super().__init__(rule, alpha=number, weights=preferences)

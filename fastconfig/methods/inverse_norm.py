@@ -18,7 +18,7 @@ from fastconfig.methods.base import GramianMethod, check_nonfinite, check_prefer
 from fastconfig.validation import check_number
 
 
-@reference_of("inverse_norm")
+@reference_of("inverse_norm", only_preferred=True)
 def _inverse_norm(problem: Problem, parameters: Sequence[float], operand: Vector | None) -> Vector:
     """parameters: the power."""
     del operand

@@ -46,6 +46,7 @@ def _sdmgrad(problem: Problem, parameters: Sequence[float], operand: Vector | No
 
 def _on_simplex(w: Vector) -> Vector:
     """The nearest point with w ≥ 0 and Σ w = 1: all entries shifted by one number, and cut at 0."""
+    w = w - w.max()  # changes nothing but that 1 is not lost beside large entries
     falling = np.sort(w)[::-1]
     shifts = (np.cumsum(falling) - 1.0) / np.arange(1, len(w) + 1)
     shift = shifts[np.flatnonzero(falling > shifts)[-1]]
@@ -95,15 +96,15 @@ class SDMGrad(StatefulMethod):
             lam=numbers[0],
             lr=numbers[1],
             momentum=numbers[2],
-            steps=steps,
+            steps=int(numbers[3]),
             weights=preferences,
         )
 
     def operand(self, m: int, device: torch.device) -> Tensor:
         """The weights (m,), which begin at the preferences."""
-        state = self._kept(m, m, device)
+        state = self._kept((m,), device)
         if state is None:
             given = self._rule.preferences
             state = torch.ones(m) if given is None else torch.tensor(given, dtype=torch.float64)
-            state = self._state = (state / state.sum()).to(device, torch.float64)
+            state = self._begun((state / state.sum()).to(device, torch.float64))
         return state
