@@ -372,7 +372,9 @@ def _rule_weights(
     gramian = gramian.contiguous()
     _check_float64(gramian, "gramian", (len(gramian), len(gramian)))
     rule.check_losses(len(gramian))
+    if operand is None and kind in ("gradvac", "sdmgrad"):
+        raise ValueError(f"operand must be given for {kind}, got None; call the method's weights instead")
+    _check_float64(operand, "operand", rule.operand_shape(len(gramian)))
     if operand is not None:
-        _check_float64(operand, "operand", operand.shape)
         torch.autograd.graph.increment_version(operand)
     return backends.select(gramian.device, backend).rule_weights(gramian, rule, operand)

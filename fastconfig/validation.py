@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -203,7 +204,7 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, *,
         high: the most.
         ends: whether these two belong to the interval.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (low <= value <= high and math.isfinite(value)) or (not ends and value in (low, high)):
         if math.isinf(low):

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastconfig as fc
 from fastconfig import backends, ops
 from fastconfig.backends import reference
+from fastconfig.methods.catalogue import CATALOGUE
 from fastconfig.validation import check_rows
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -105,6 +106,39 @@ def test_weights_operator_is_what_its_schema_says(rule):
     torch.library.opcheck(torch.ops.fastconfig.config_weights.default, (gramian.T, *rule, "reference"))
 
 
+OPERANDS = {"gradvac": (2, 3, 3), "pcgrad": (3, 3), "sdmgrad": (3,), "randomweights": (3,)}
+
+
+def of_rule(method: fc.methods.GramianMethod, operand: torch.Tensor | None) -> tuple:
+    """What the operator takes after the Gramian."""
+    rule = method.rule
+    return rule.kind, rule.parameters, rule.preferences, rule.nonfinite, operand
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if hasattr(CATALOGUE[name].make(3), "operand")])
+def test_rule_weights_operator_is_what_its_schema_says(name):
+    gramian, method = fc.gramian(normal(3, 20)), CATALOGUE[name].make(3)
+    operand = torch.rand(OPERANDS[name], dtype=torch.float64) / 3 if name in OPERANDS else None
+    torch.library.opcheck(torch.ops.fastconfig.rule_weights.default, (gramian, *of_rule(method, operand)))
+    torch.library.opcheck(
+        torch.ops.fastconfig.rule_weights.default, (gramian.T, *of_rule(method, operand), "reference")
+    )
+
+
+def test_rule_weights_operator_refuses_an_operand_that_the_core_would_misread():
+    gramian = fc.gramian(normal(3, 20))
+    for method, operand in (
+        (fc.GradVac(), None),
+        (fc.GradVac(), torch.zeros(3, dtype=torch.float64)),
+        (fc.SDMGrad(), None),
+        (fc.SDMGrad(), torch.zeros(3)),
+        (fc.PCGrad(), torch.zeros(2, 2, dtype=torch.float64)),
+        (fc.PCGrad(), torch.zeros(3, 6, dtype=torch.float64)[:, ::2]),
+    ):
+        with pytest.raises(ValueError, match="operand must be"):
+            torch.ops.fastconfig.rule_weights(gramian, *of_rule(method, operand))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fakes_have_shape_strides_dtype_and_device(dtype):
     with FakeTensorMode():
@@ -134,7 +168,7 @@ def test_a_fake_tensor_outside_its_mode_is_not_read():
 
 def test_every_device_has_a_kernel_and_those_without_a_backend_get_the_reference():
     # Only the choice: no such device is here to run it. On a CPU the reference is run through its operator below.
-    for name in ("gramian", "apply", "config_weights", "config_combine"):
+    for name in ("gramian", "apply", "config_weights", "config_combine", "rule_weights"):
         for key in ("CPU", "CUDA", "MPS", "XLA", "PrivateUse1"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastconfig::{name}", key)
     assert backends.select(torch.device("xla"), "auto") is reference
@@ -239,6 +273,27 @@ def test_every_method_compiles_to_the_eager_bits(name, tracer):
         wanted = 2 * fc.combine(grads, METHODS[name])
         tolerance = 1e-6 if name == "callable" else 0.0
         torch.testing.assert_close(whole(step, tracer)(grads), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_method_of_the_catalogue_compiles_to_the_eager_bits(name):
+    """Draws, where there are any, come in the same order; a state goes on from graph to graph."""
+    compiled, eager = CATALOGUE[name].make(3), CATALOGUE[name].make(3)
+    step = whole(lambda grads: 2 * fc.combine(grads, compiled))
+    for i in range(3):
+        grads = normal(3, 20, seed=i)
+        torch.manual_seed(i)
+        ours = step(grads)
+        torch.manual_seed(i)
+        assert torch.equal(ours, 2 * fc.combine(grads, eager))
+
+
+def test_every_other_step_of_nash_mtl_compiles():
+    compiled, eager = fc.NashMTL(update_every=2), fc.NashMTL(update_every=2)
+    step = whole(lambda grads: fc.combine(grads, compiled))
+    for i in range(5):
+        grads = normal(3, 20, seed=i)
+        torch.testing.assert_close(step(grads), fc.combine(grads, eager))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -494,6 +549,33 @@ def test_export_with_any_number_of_parameters(strict):
         assert torch.equal(ours, wanted)
 
 
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_no_tracer_leaves_its_tensors_in_a_method(name):
+    """A fake state would stay in the method, and hold no memory at the next combination."""
+
+    def used_in_fake_mode(method):
+        with FakeTensorMode():
+            assert fc.combine(torch.empty(3, 20), method).shape == (20,)
+
+    def exported(method):
+        class Module(torch.nn.Module):
+            def forward(self, grads):
+                return fc.combine(grads, method)
+
+        torch.export.export(Module(), (normal(3, 20),), strict=False)
+
+    def recorded(method):
+        make_fx(lambda grads: fc.combine(grads, method), tracing_mode="fake")(normal(3, 20))
+
+    for trace in (used_in_fake_mode, exported, recorded):
+        traced, fresh = CATALOGUE[name].make(3), CATALOGUE[name].make(3)
+        trace(traced)
+        torch.manual_seed(0)
+        ours = fc.combine(normal(3, 20), traced)
+        torch.manual_seed(0)
+        assert torch.equal(ours, fc.combine(normal(3, 20), fresh))
+
+
 # GradientBuffer
 
 
@@ -567,10 +649,15 @@ def test_buffer_combines_inside_a_graph(tracer, name, optimise):
         assert torch.equal(ours, wanted)
 
 
-@pytest.mark.parametrize("method", [fc.ConFIG([1, 2], "minimum"), SumOfAll()], ids=["ConFIG", "sum"])
-def test_buffer_combines_inside_a_graph_by_any_method(method):
-    compiled = trained(MODELS["one segment"], whole, True, method)
-    for ours, wanted in zip(compiled, trained(MODELS["one segment"], lambda step: step, True, method), strict=True):
+@pytest.mark.parametrize("model", ["one segment", "two segments"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: fc.ConFIG([1, 2], "minimum"), SumOfAll, fc.UPGrad, fc.GradVac, lambda: fc.CRMOGM(fc.MGDA())],
+    ids=["ConFIG", "sum", "UPGrad", "GradVac", "CRMOGM"],
+)
+def test_buffer_combines_inside_a_graph_by_any_method(make, model):
+    compiled = trained(MODELS[model], whole, True, make())
+    for ours, wanted in zip(compiled, trained(MODELS[model], lambda step: step, True, make()), strict=True):
         assert torch.equal(ours, wanted)
 
 

@@ -113,6 +113,10 @@ class GramianRule:
         if self.kind == "priority" and len(self.parameters) not in (0, m):
             raise ValueError(f"order has {len(self.parameters)} entries for {m} losses; name every loss once")
 
+    def operand_shape(self, m: int) -> tuple[int, ...]:
+        """Of what the method takes besides the Gramian of m losses, where it takes something."""
+        return {"gradvac": (2, m, m), "pcgrad": (m, m)}.get(self.kind, (m,))
+
 
 Rule = ConFIGRule | GramianRule
 

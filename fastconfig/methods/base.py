@@ -61,7 +61,8 @@ class GramianMethod:
     """A built-in method, compiled on every backend. What is said here holds for each.
 
     A gradient that is zero constrains nothing and gets weight 0. One that holds inf or NaN makes every weight NaN, is
-    left out, or raises, as ``nonfinite`` says.
+    left out, or raises, as ``nonfinite`` says. Inside ``torch.compile`` a method that draws from a generator of its own
+    breaks the graph, as PyTorch records none but its default one.
 
     Args:
         rule: which method, and its numbers, validated.
@@ -97,7 +98,8 @@ class GramianMethod:
         """The coefficients c, (m,) float64, for a Gramian (m, m): g = Σ c_i g_i.
 
         Raises:
-            ValueError: the Gramian is not square, or the method's numbers do not fit it.
+            TypeError: the Gramian is no tensor.
+            ValueError: it is not square, or the method's numbers do not fit it.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
         """
         check_gramian(gramian)
@@ -143,22 +145,36 @@ class Stateful:
             )
         if isinstance(generator, Tensor) and self.generator is not None:
             self.generator.set_state(generator.cpu())
-        self._state = state.clone() if isinstance(state, Tensor) else None
+        self._state = state.detach().double().clone().contiguous() if isinstance(state, Tensor) else None
 
     def reset(self) -> None:
         """Forget what was remembered: the next combination is the first. The generator goes on."""
         self._state = None
 
-    def _kept(self, m: int, size: int, device: torch.device) -> Tensor | None:
-        """The state where it was made for m losses, on ``device``; ValueError where for another number."""
-        if self._state is not None and self._state.shape[-1] != size:
+    def _kept(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """The state on ``device``; ValueError unless it is of this shape, whose last size is m."""
+        state, name = self._state, type(self).__name__
+        if state is None:
+            return None
+        if state.shape[-1:] != shape[-1:]:
             raise ValueError(
-                f"{type(self).__name__} remembers {self._state.shape[-1]} losses and was asked for {m}; "
+                f"{name} remembers {state.shape[-1]} losses and was asked for {shape[-1]}; "
                 "call reset(), or make a method of its own for each set of losses"
             )
-        if self._state is not None and self._state.device != device:
-            self._state = self._state.to(device)
-        return self._state
+        if state.shape != shape:  # by its address the core would read on past the end
+            raise ValueError(
+                f"{name} was given a state of shape {tuple(state.shape)} and needs {shape}; "
+                "load the state_dict of the same method"
+            )
+        if state.device != device:
+            state = self._state = state.to(device)
+        return state
+
+    def _begun(self, state: Tensor) -> Tensor:
+        """A first state, remembered unless it is a tracer's that holds no memory and must not outlive the trace."""
+        if type(state) is Tensor:
+            self._state = state
+        return state
 
 
 class StatefulMethod(Stateful, GramianMethod):
@@ -174,7 +190,9 @@ def draw(shape: tuple[int, ...], device: torch.device, generator: torch.Generato
 
 
 def check_gramian(gramian: Tensor) -> None:
-    """Raise ValueError unless it is (m, m), m ≥ 1."""
+    """Raise TypeError unless it is a tensor, ValueError unless (m, m), m ≥ 1."""
+    if not isinstance(gramian, Tensor):
+        raise TypeError(f"gramian must be a tensor of shape (m, m), got {type(gramian).__name__}; see fc.gramian")
     if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
         raise ValueError(f"gramian must have shape (m, m), got {tuple(gramian.shape)}")
 

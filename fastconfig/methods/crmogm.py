@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.methods.base import Method, Stateful, check_gramian
-from fastconfig.validation import check_number
+from fastconfig.validation import check_method_weights, check_number
 
 
 class CRMOGM(Stateful):
@@ -43,16 +43,16 @@ class CRMOGM(Stateful):
         """The smoothed coefficients c, (m,) float64, for a Gramian (m, m).
 
         Raises:
-            ValueError: the Gramian is not square, or of another number of losses than before; what the smoothed method
-                raises.
+            TypeError, ValueError: the Gramian is not square, or of another number of losses than before; the smoothed
+                method answers no vector of weights. And what that method raises.
         """
         check_gramian(gramian)
         m = len(gramian)
-        kept = self._kept(m, m, gramian.device)
-        found = self.method.weights(gramian).to(torch.float64)
+        kept = self._kept((m,), gramian.device)
+        found = check_method_weights(self.method.weights(gramian), gramian, self.method)
         if kept is None:
             # A first step that is not finite begins nothing: NaN stands for "not begun".
-            kept = self._state = torch.full_like(found, torch.nan)
+            kept = self._begun(torch.full_like(found, torch.nan))
         begun = torch.isfinite(kept).all()
         smoothed = torch.where(begun, self.alpha * kept + (1.0 - self.alpha) * found, found)
         kept.copy_(torch.where(torch.isfinite(found).all(), smoothed, kept))  # in place, as a captured graph needs it

@@ -98,9 +98,9 @@ class GradVac(StatefulMethod):
 
     def operand(self, m: int, device: torch.device) -> Tensor:
         """The targets and the keys of the orders, (2, m, m); these drawn."""
-        state = self._kept(m, m, device)
+        state = self._kept((2, m, m), device)
         if state is None:
-            state = self._state = torch.zeros(2, m, m, dtype=torch.float64, device=device)
+            state = self._begun(torch.zeros(2, m, m, dtype=torch.float64, device=device))
         if m > 2:
             state[1] = draw((m, m), device, self.generator, normal=False)
         return state

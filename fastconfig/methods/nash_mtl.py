@@ -45,7 +45,8 @@ class NashMTL(StatefulMethod):
         weights: bargaining powers w, m finite numbers from 0 on, not all zero; None for 1 each.
         max_norm: the combined gradient is scaled down to this norm where it is longer; None for no bound. Unbounded,
             its norm is √Σw, whatever the gradients' scale.
-        update_every: solve only in every so many combinations, and use the last solution in between, as in the paper.
+        update_every: take a new solution only in every so many combinations, and keep the last one in between, as in
+            the paper. It is no saving here: each step is solved, for a step that is not finite must leave no trace.
         nonfinite: what becomes of a gradient that holds inf or NaN: ``"propagate"``, ``"drop"`` or ``"raise"``, as in
             ``ConFIG``.
 
@@ -72,7 +73,7 @@ class NashMTL(StatefulMethod):
         super().__init__(
             GramianRule("nash", (most,), preferences, check_nonfinite(nonfinite)),
             weights=preferences,
-            max_norm=max_norm,
+            max_norm=self._most or None,
             update_every=self._every,
         )
         self._step = 0
@@ -84,17 +85,22 @@ class NashMTL(StatefulMethod):
 
     def weights(self, gramian: Tensor) -> Tensor:
         """As every method's; in between two solutions, the last one's weights, bounded anew."""
+        found = super().weights(gramian)
         if self.is_fused:
-            return super().weights(gramian)
-        m = len(gramian)
-        kept = self._kept(m, m, gramian.device)
-        if kept is None or self._step % self._every == 0:
-            kept = self._state = super().weights(gramian)
+            return found
+        kept = self._kept((len(found),), found.device)
+        if kept is None:
+            kept = self._begun(torch.full_like(found, torch.nan))  # NaN stands for "no solution yet"
+        is_due = self._step % self._every == 0
         self._step += 1
-        used = torch.where(kept == 0, 0.0, gramian)  # a row without weight takes no part, whatever it holds
-        norm = (kept @ used @ kept).clamp(min=0.0).sqrt()
-        bounded = kept * (self._most / norm).clamp(max=1.0) if self._most else kept
-        return torch.where(norm > 0, bounded, kept)
+        is_finite = torch.isfinite(found).all()
+        kept.copy_(torch.where(is_finite & (~torch.isfinite(kept).all() | is_due), found, kept))
+        present = torch.isfinite(gramian.diagonal())  # the others are dropped, or else ``found`` is not finite
+        used = torch.where(present, kept, 0.0)
+        if self._most:
+            products = torch.where(present & present.unsqueeze(1), gramian.detach().double(), 0.0)
+            used = used * (self._most / (used @ products @ used).clamp(min=0.0).sqrt()).clamp(max=1.0)
+        return torch.where(is_finite, used, found)
 
     def state_dict(self) -> dict[str, object]:
         """The last solution, and how many combinations there have been."""

@@ -62,7 +62,10 @@ class Priority(GramianMethod):
         weights: Sequence[float] | Tensor | None = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        rows = () if order is None else tuple(operator.index(row) for row in order)
+        try:
+            rows = () if order is None else tuple(operator.index(row) for row in order)
+        except TypeError:
+            raise TypeError(f"order must be a sequence of ints, the losses' places, got {order!r}") from None
         if sorted(rows) != list(range(len(rows))) or (order is not None and not rows):
             raise ValueError(f"order must name each of the losses 0 to m - 1 once, got {order!r}")
         preferences = check_preferences(weights)
