@@ -10,10 +10,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from fastconfig.api import combine
+from fastconfig.api import gramian
+from fastconfig.combination import weights_of
 from fastconfig.methods import DEFAULT_METHOD, Method, Stateful
+from fastconfig.ops import backend_for, is_traced
+from fastconfig.validation import check_method_weights, check_rows
 
 if TYPE_CHECKING:
     from torchjd.aggregation import GramianWeightedAggregator, Weighting
@@ -44,14 +48,15 @@ def weighting(method: Method | None = None) -> Weighting[Tensor]:
 
 
 def aggregator(method: Method | None = None) -> GramianWeightedAggregator:
-    """A method as torchjd's ``Aggregator`` of a Jacobian: ``fc.combine`` on an (m, n) matrix.
+    """A method as torchjd's ``Aggregator`` of a Jacobian: what ``fc.combine`` does, on an (m, n) matrix.
 
     Args:
         method: the rule from the Gramian to the weights; ``ConFIG()`` by default.
 
     Returns:
         A ``torchjd.aggregation.GramianWeightedAggregator`` (an ``nn.Module``), so that ``torchjd.autojac`` may
-        accumulate the Gramian instead of the whole Jacobian. Not differentiable.
+        accumulate the Gramian instead of the whole Jacobian: then in the Jacobian's dtype, as torchjd does it; else in
+        float64, as everywhere here. Hooks on its weightings run. Not differentiable.
 
     Raises:
         ImportError: torchjd is not installed.
@@ -59,8 +64,8 @@ def aggregator(method: Method | None = None) -> GramianWeightedAggregator:
 
     Example:
         >>> import torch, fastconfig as fc
-        >>> fc.torchjd.aggregator(fc.MGDA())(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
-        tensor([0., 1., 1.])
+        >>> fc.torchjd.aggregator(fc.ConFIG())(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+        tensor([0.1588, 2.0706, 2.0706])
     """
     return _classes()[1](_checked(method))
 
@@ -88,7 +93,8 @@ def _classes() -> tuple[Callable[[Method], Weighting[Tensor]], Callable[[Method]
             self.method = method
 
         def forward(self, gramian: Tensor, /) -> Tensor:
-            return self.method.weights(gramian.detach().double()).to(gramian.dtype)
+            k = gramian.detach().double()
+            return check_method_weights(weights_of(self.method, k), k, self.method).to(gramian.dtype)
 
         def get_extra_state(self) -> dict[str, object]:
             return self.method.state_dict() if isinstance(self.method, Stateful) else {}
@@ -105,12 +111,17 @@ def _classes() -> tuple[Callable[[Method], Weighting[Tensor]], Callable[[Method]
 
         def __init__(self, method: Method) -> None:
             super().__init__(MethodWeighting(method))
-            self.method = method
+            self.weighting = self.gramian_weighting << gramian  # type: ignore[arg-type]  # ours, of float64
 
         def forward(self, matrix: Tensor, /) -> Tensor:
-            return combine(matrix.detach(), self.method)
+            matrix = matrix.detach()
+            weights = self.weighting(matrix)  # called as torchjd calls it: autojac reads the weights by a hook
+            rows = check_rows(matrix)
+            out = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
+            backend_for(rows.device, None, is_traced(rows.matrix)).apply(rows, weights.double(), out)
+            return out
 
         def __repr__(self) -> str:
-            return f"aggregator({self.method!r})"
+            return f"aggregator({self.gramian_weighting.method!r})"
 
     return MethodWeighting, MethodAggregator
