@@ -90,6 +90,38 @@ def test_resuming_gives_the_same_bits_as_never_stopping(backend, selection, k, b
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 0.02
 
 
+METHODS_WITH_A_STATE = {
+    "GradVac": lambda: fc.GradVac(0.5, torch.Generator().manual_seed(3)),
+    "CRMOGM": lambda: fc.CRMOGM(fc.PCGrad(generator=torch.Generator().manual_seed(3))),
+    "NashMTL": lambda: fc.NashMTL(update_every=4),
+}
+
+
+@pytest.mark.parametrize("name", METHODS_WITH_A_STATE)
+def test_a_methods_state_goes_with_the_optimizers(name):
+    data = torch.randn(24, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    model = model_of(0)
+    optimizer = optimizer_of(model, method=METHODS_WITH_A_STATE[name]())
+    scheduler = scheduler_of(optimizer)
+    train(model, optimizer, scheduler, data[:13])
+    checkpoint = saved([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()])
+    train(model, optimizer, scheduler, data[13:])
+    resumed = model_of(1)
+    other = optimizer_of(resumed, method=METHODS_WITH_A_STATE[name]())
+    their = scheduler_of(other)
+    for part, state in zip((resumed, other, their), checkpoint, strict=True):
+        part.load_state_dict(state)
+    train(resumed, other, their, data[13:])
+    for ours, wanted in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
+    with pytest.raises(ValueError, match="state_dict must have the keys"):
+        optimizer_of(model, method=fc.SDMGrad()).load_state_dict({**checkpoint[1], "shared": of_another(checkpoint[1])})
+
+
+def of_another(state: dict) -> dict:
+    return {**state["shared"], "method": {"weights": None}}
+
+
 def assert_same_state(found: object, wanted: object) -> None:
     """Equal, tensors to the bit."""
     assert type(found) is type(wanted)

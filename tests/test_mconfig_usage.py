@@ -411,8 +411,10 @@ def test_a_method_that_is_none_is_refused(method):
         fc.optim.MConFIG(parameters_of((3,)), num_losses=2, method=method)
 
 
-@pytest.mark.parametrize("method", [fc.ConFIG(weights=[1.0, 2.0, 3.0]), fc.ConFIG(length=2)])
-def test_a_config_that_does_not_fit_the_losses_is_refused_at_once(method):
+@pytest.mark.parametrize(
+    "method", [fc.ConFIG(weights=[1.0, 2.0, 3.0]), fc.ConFIG(length=2), fc.UPGrad([1, 2, 3]), fc.Priority([2, 0, 1])]
+)
+def test_a_method_that_does_not_fit_the_losses_is_refused_at_once(method):
     with pytest.raises(ValueError, match=r"3 entries for 2 losses|length=2"):
         fc.optim.MConFIG(parameters_of((3,)), num_losses=2, method=method)
 

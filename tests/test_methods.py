@@ -49,6 +49,7 @@ def variants(m: int) -> list[GramianMethod]:
         fc.Sum(),
         fc.Mean(),
         fc.Constant(preferences),
+        fc.RandomWeights(),
         fc.InverseNorm(),
         fc.InverseNorm(-1.5, weights=some),
         fc.PCGrad(order="fixed"),
@@ -538,7 +539,12 @@ def test_inverse_norms(backend):
     torch.testing.assert_close(weights * norms, (weights * norms)[0].expand(4))
     assert weights.sum().item() == pytest.approx(4.0)
     torch.testing.assert_close(fc.InverseNorm(power=0.0).weights(gramian), torch.ones(4, dtype=torch.float64))
-    assert torch.isfinite(fc.InverseNorm(power=300.0).weights(gramian)).all()
+    for power, longest in (
+        (300.0, 0),
+        (-300.0, 3),
+    ):  # no power overflows: all weight is the least or the largest norm's
+        weights = solved(fc.InverseNorm(power), gramian, backend)
+        np.testing.assert_allclose(weights, 4.0 * np.eye(4)[longest], atol=1e-12)
 
 
 def test_nash_mtl_in_between_solutions(backend):

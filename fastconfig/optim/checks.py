@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastconfig import landing
 from fastconfig.combination import no_weights_message
-from fastconfig.methods import ConFIG, Method, is_streaming
+from fastconfig.methods import ConFIG, GramianMethod, Method, is_streaming
 
 
 def check_count(name: str, value: int) -> None:
@@ -26,7 +26,7 @@ def checked_method(method: Method, num_losses: int) -> Method:
         raise TypeError(no_weights_message(method))
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
-    if isinstance(method, ConFIG):
+    if isinstance(method, (ConFIG, GramianMethod)):
         method.rule.check_losses(num_losses)
     return method
 

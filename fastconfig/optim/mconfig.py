@@ -17,7 +17,7 @@ from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination
 from fastconfig.landing import GradientRows
 from fastconfig.losses import Losses
-from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method
+from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful
 from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.momentum import combination_of, take_step
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
@@ -343,7 +343,8 @@ class MConFIG(torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer, with ``"shared"`` beside ``"state"``: what belongs to no single parameter.
+        """As of any optimizer, with ``"shared"`` beside ``"state"``: what belongs to no single parameter, the method's own
+        state included.
 
         Of a parameter the state holds ``exp_avgs`` (m, *shape), its losses' moving averages, and ``exp_avg_sq``, the
         second moment. All tensors are the optimizer's own, as those of torch's optimizers are. What was recorded for
@@ -355,6 +356,7 @@ class MConFIG(torch.optim.Optimizer):
                 "num_losses": self._num_losses,
                 **{name: value.clone() for name, value in self._ledger._asdict().items()},
                 "selection": self._selector.state(),
+                "method": self._method.state_dict() if isinstance(self._method, Stateful) else None,
             },
         }
 
@@ -369,6 +371,8 @@ class MConFIG(torch.optim.Optimizer):
         """
         self._rows.check_not_recording("load_state_dict")
         packed = packed_state(state_dict, self.param_groups, self._rows.parameters, self._num_losses)
+        if isinstance(self._method, Stateful) and packed.shared["method"] is not None:
+            self._method.load_state_dict(packed.shared["method"])
         super().load_state_dict({**state_dict, "state": {}})
         self._recorded.clear()
         self._last_beta1 = None

@@ -77,7 +77,7 @@ def _checked_shared(shared: Mapping[str, Any], num_losses: int) -> dict[str, Any
             raise ValueError(f"state_dict's {name} must have shape {tuple(wanted.shape)}, got {tuple(value.shape)}")
         if value.device.type == "meta":
             raise ValueError(f"state_dict's {name} is on the meta device and holds no numbers")
-    return dict(shared)
+    return {"method": None, **shared}  # checkpoints of before there were methods with a state lack it
 
 
 def _checked(state: Mapping[str, Tensor], key: object, parameter: Tensor, num_losses: int) -> dict[str, Tensor]:
