@@ -98,11 +98,12 @@ void gradvac(const Problem& problem, const std::vector<double>& parameters, doub
     Orders orders(problem, operand + problem.m * problem.m);
     for (int64_t i = 0; i < problem.k; ++i) {
         Patient patient(problem, i);
-        double square = patient.products[i];
+        double square = patient.products[i], terms = problem.norm[i];  // |g_i'|², and the lengths that it is made of
         for (const auto& [key, j] : orders.of(i)) {
             if (j == i) continue;
             double& target = operand[problem.index[i] * problem.m + problem.index[j]];
-            const double along = patient.products[j], length = std::sqrt(std::max(square, 0.0));
+            const double along = patient.products[j];
+            const double length = square > kNothing * terms * terms ? std::sqrt(square) : 0.0;
             const double cosine =
                 length > 0.0 ? std::min(1.0, std::max(-1.0, along / (length * problem.norm[j]))) : 0.0;
             const double open = 1.0 - target * target;
@@ -110,6 +111,7 @@ void gradvac(const Problem& problem, const std::vector<double>& parameters, doub
                 const double factor = length * (target * std::sqrt(1.0 - cosine * cosine) - cosine * std::sqrt(open)) /
                                       (problem.norm[j] * std::sqrt(open));
                 square += factor * (2.0 * along + factor * problem.gramian[j * problem.k + j]);
+                terms += factor * problem.norm[j];
                 patient.add_row(j, factor);
             }
             target = (1.0 - beta) * target + beta * cosine;

@@ -99,6 +99,7 @@ def test_published_values(backend, name):
 def test_the_core_computes_what_the_reference_says(m, kind):
     rows = rows_of(kind, m)
     gramian = gramian_of(rows)
+    torch.manual_seed(0)
     # A solution moves by the condition of what it solves times rounding; two steps of state show what is remembered.
     # With norms that differ by 1e12 the Gramian's small eigenvalues are known to 1e-4 of themselves.
     tolerance = {"ill-conditioned": 3e-6, "scaled": 1e-7}.get(kind, 1e-8)
@@ -518,6 +519,14 @@ def test_gradvac_at_the_ends_of_what_a_cosine_can_be(backend):
         for _ in range(3):
             assert torch.isfinite(fc.combine(rows, method, backend=backend)).all()
         assert method.targets.abs().max() <= 1.0
+    torch.manual_seed(0)
+    for seed in range(40):  # on one line: a gradient that vanished has no cosine but what rounding left
+        gramian = gramian_of(rows_of("flat", 5, seed))
+        vaccine = fc.GradVac(1.0)
+        operand = vaccine.operand(5, gramian.device)
+        signs = gramian.sign() - torch.eye(5)
+        module.rule_weights(gramian, vaccine.rule, operand)
+        assert ((operand[0] - signs).abs().minimum(operand[0].abs()) < 1e-6).all()
 
 
 def test_priority_protects_the_first(backend):

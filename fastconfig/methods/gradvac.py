@@ -7,9 +7,9 @@
 
 Source: Wang et al., Gradient Vaccine, ICLR 2021 (arXiv 2010.05874), eq. 4, 5 and algorithm 1.
 
-Degenerate cases: a target of cosine 1 (duplicates for long) asks for no correction; of a gradient that has vanished the
-cosine counts as 0; zero gradients leave the targets of their pairs alone, and so does a step of which a gradient is not
-finite.
+Degenerate cases: a target of cosine 1 (duplicates for long) asks for no correction; of a gradient that has vanished, to
+1e-6 of what it is made of, the cosine counts as 0; zero gradients leave the targets of their pairs alone, and so does a
+step of which a gradient is not finite.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _gradvac(problem: Problem, parameters: Sequence[float], operand: Vector | No
         for j in order_of(problem, keys, i):
             place = problem.index[i], problem.index[j]
             target = targets[place]
-            length = np.sqrt(max(float(coefficients @ gramian @ coefficients), 0.0))
+            square, terms = coefficients @ gramian @ coefficients, np.abs(coefficients) @ norms
+            length = np.sqrt(square) if square > NOTHING * terms**2 else 0.0
             product = coefficients @ gramian[:, j]
             cosine = np.clip(product / (length * norms[j]), -1.0, 1.0) if length > 0 else 0.0
             open_ = 1.0 - target**2

@@ -343,8 +343,7 @@ class MConFIG(torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer, with ``"shared"`` beside ``"state"``: what belongs to no single parameter, the method's own
-        state included.
+        """As of any optimizer, with ``"shared"`` beside ``"state"``: what belongs to no parameter, the method's too.
 
         Of a parameter the state holds ``exp_avgs`` (m, *shape), its losses' moving averages, and ``exp_avg_sq``, the
         second moment. All tensors are the optimizer's own, as those of torch's optimizers are. What was recorded for
