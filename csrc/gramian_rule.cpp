@@ -101,7 +101,7 @@ void inverse_norm(const Problem& problem, const std::vector<double>& parameters,
         given += preferences[i];
         found += c[i];
     }
-    for (int64_t i = 0; i < problem.k; ++i) c[i] = found == 0.0 ? 0.0 : c[i] * (given / found);
+    for (int64_t i = 0; i < problem.k; ++i) c[i] *= given / found;
 }
 
 void imtlg(const Problem& problem, const std::vector<double>&, double*, double* c) {

@@ -278,7 +278,10 @@ def test_every_method_compiles_to_the_eager_bits(name, tracer):
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_method_of_the_catalogue_compiles_to_the_eager_bits(name):
     """Draws, where there are any, come in the same order; a state goes on from graph to graph."""
-    compiled, eager = CATALOGUE[name].make(3), CATALOGUE[name].make(3)
+    torch.manual_seed(0)
+    compiled = CATALOGUE[name].make(3)
+    torch.manual_seed(0)
+    eager = CATALOGUE[name].make(3)
     step = whole(lambda grads: 2 * fc.combine(grads, compiled))
     for i in range(3):
         grads = normal(3, 20, seed=i)
@@ -549,7 +552,7 @@ def test_export_with_any_number_of_parameters(strict):
         assert torch.equal(ours, wanted)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "graddrop"])  # which refuses to be recorded
 def test_no_tracer_leaves_its_tensors_in_a_method(name):
     """A fake state would stay in the method, and hold no memory at the next combination."""
 
