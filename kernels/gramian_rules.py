@@ -180,7 +180,9 @@ def surgery_weights(
         learns = all_of(finite)
         if DROP:
             learns = first == first
-        raise_cosines(unit, changed, products, order, operand, first, learns, vector_of(scratch, 4, MP), change, M, MP)
+        squares = vector_of(scratch, 4, MP)
+        terms = vector_of(scratch, 5, MP)
+        raise_cosines(unit, changed, products, order, operand, first, learns, squares, terms, change, M, MP)
     else:
         store_order(operand, active, order, KIND == PRIORITY, M, MP)
         project_conflicts(unit, changed, products, order, change, M, MP)

@@ -92,17 +92,18 @@ def project_conflicts(unit, changed, products, order, change, M: tl.constexpr, M
 
 @triton.jit
 def raise_cosines(
-    unit, changed, products, order, targets, beta, learns, squares, change, M: tl.constexpr, MP: tl.constexpr
+    unit, changed, products, order, targets, beta, learns, squares, terms, change, M: tl.constexpr, MP: tl.constexpr
 ):
     """GradVac: a row's cosine with the one that it meets is raised to a target, a moving average of such cosines.
 
     Args:
         targets: (M, M) float64, brought up to date where ``learns``.
-        squares, change: MP float64, overwritten; the rows' squared norms.
+        squares, terms, change: MP float64, overwritten; the rows' squared norms, and the lengths that they are made of.
     """
     i = tl.arange(0, MP)
     start_surgery(unit, changed, products, MP)
     tl.store(squares + i, tl.full([MP], 1.0, tl.float64))
+    tl.store(terms + i, tl.full([MP], 1.0, tl.float64))
     tl.debug_barrier()
     for step in range(M - 1):
         met = tl.load(order + i * MP + step)
@@ -110,7 +111,9 @@ def raise_cosines(
         there = (met >= 0.0) & (i < M)
         product = tl.load(products + i * MP + other)
         square = tl.load(squares + i)
-        norm = tl.sqrt(tl.maximum(square, 0.0))
+        length = tl.load(terms + i)
+        is_there = square > RTOL * length * length  # what is left of a row that has vanished is rounding
+        norm = tl.sqrt(tl.where(is_there, square, 0.0))
         cosine = tl.where(norm > 0.0, product / tl.where(norm > 0.0, norm, 1.0), 0.0)
         cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
         target = tl.load(targets + i * M + other, mask=there, other=0.0)
@@ -122,6 +125,7 @@ def raise_cosines(
         tl.debug_barrier()
         tl.store(change + i, amount)
         tl.store(squares + i, square + amount * (2.0 * product + amount))
+        tl.store(terms + i, length + amount)
         tl.store(
             targets + i * M + other, (1.0 - beta) * target + beta * cosine, mask=there & (i < tl.where(learns, M, 0))
         )
