@@ -694,6 +694,23 @@ def _saved(state):
     return file
 
 
+@pytest.mark.parametrize("name", ["gradvac", "sdmgrad", "nash", "crmogm"])
+def test_after_a_reset_the_next_combination_is_the_first(name):
+    make = {**DRAWING, "gradvac": lambda _: fc.GradVac(0.5), "crmogm": lambda _: fc.CRMOGM(fc.NashMTL(update_every=3))}
+    steps = [torch.from_numpy(rows_of("crossed", 4, seed=i)) for i in range(3)]
+
+    def run(method):
+        torch.manual_seed(0)
+        return [fc.combine(rows, method) for rows in steps]
+
+    method = make[name](None)
+    first = run(method)
+    fc.combine(steps[1], method)
+    assert not all(map(torch.equal, first, run(method)))
+    method.reset()
+    assert all(map(torch.equal, first, run(method)))
+
+
 def test_a_state_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"state_dict must have the keys .*'generator', 'state'"):
         fc.GradVac().load_state_dict({"targets": None})
