@@ -758,10 +758,13 @@ def test_random_orders_are_all_taken():
     answers = {tuple(fc.combine(rows, fc.PCGrad(generator=generator)).tolist()) for _ in range(200)}
     # Two orders for each of three gradients, where the order matters.
     assert 2 <= len(answers) <= 8
+    assert fc.PCGrad(generator=generator).operand(3, rows.device).unique().numel() == 9  # each gradient's own order
     weights = torch.stack([fc.RandomWeights(generator).weights(torch.eye(3)) for _ in range(2000)])
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(2000, dtype=torch.float64))
     torch.testing.assert_close(weights.mean(dim=0), torch.full((3,), 1 / 3).double(), rtol=0.0, atol=0.02)
     assert weights.min() > 0.0
+    ratios = weights.log().diff(dim=1)[:, 0]  # of two normal numbers, the difference
+    assert ratios.std().item() == pytest.approx(math.sqrt(2.0), rel=0.05)
 
 
 @pytest.mark.parametrize("name", RULES)
