@@ -460,6 +460,11 @@ def test_inverse_norms_of_rows_that_count(backend):
     torch.testing.assert_close(update, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64))
 
 
+def test_sdmgrad_begins_at_the_preferences():
+    begun = fc.SDMGrad(weights=[1.0, 3.0]).operand(2, torch.device("cpu"))
+    assert torch.equal(begun, torch.tensor([0.25, 0.75], dtype=torch.float64))
+
+
 def test_sdmgrad_at_any_rate_keeps_to_the_simplex(backend):
     rows = torch.eye(3, dtype=torch.float64) - 0.4 + torch.arange(3.0)[:, None]
     for rate in (1e12, 1e20, 1e200):
@@ -758,7 +763,11 @@ def test_random_orders_are_all_taken():
     answers = {tuple(fc.combine(rows, fc.PCGrad(generator=generator)).tolist()) for _ in range(200)}
     # Two orders for each of three gradients, where the order matters.
     assert 2 <= len(answers) <= 8
-    assert fc.PCGrad(generator=generator).operand(3, rows.device).unique().numel() == 9  # each gradient's own order
+    keys = (
+        fc.PCGrad(generator=generator).operand(3, rows.device),
+        fc.GradVac(generator=generator).operand(3, rows.device)[1],
+    )
+    assert torch.stack(keys).unique().numel() == 18  # each gradient draws an order of its own
     weights = torch.stack([fc.RandomWeights(generator).weights(torch.eye(3)) for _ in range(2000)])
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(2000, dtype=torch.float64))
     torch.testing.assert_close(weights.mean(dim=0), torch.full((3,), 1 / 3).double(), rtol=0.0, atol=0.02)
