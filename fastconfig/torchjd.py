@@ -115,10 +115,11 @@ def _classes() -> tuple[Callable[[Method], Weighting[Tensor]], Callable[[Method]
 
         def forward(self, matrix: Tensor, /) -> Tensor:
             matrix = matrix.detach()
-            weights = self.weighting(matrix)  # called as torchjd calls it: autojac reads the weights by a hook
+            # Called as torchjd calls it: autojac reads the weights by a hook, and other hooks may change them.
+            weights = check_method_weights(self.weighting(matrix), matrix, self.weighting)
             rows = check_rows(matrix)
             out = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
-            backend_for(rows.device, None, is_traced(rows.matrix)).apply(rows, weights.double(), out)
+            backend_for(rows.device, None, is_traced(rows.matrix)).apply(rows, weights, out)
             return out
 
         def __repr__(self) -> str:

@@ -204,7 +204,7 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, *,
         high: the most.
         ends: whether these two belong to the interval.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (low <= value <= high and math.isfinite(value)) or (not ends and value in (low, high)):
         if math.isinf(low):

@@ -460,6 +460,11 @@ def test_inverse_norms_of_rows_that_count(backend):
     torch.testing.assert_close(update, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64))
 
 
+def test_sdmgrad_begins_at_the_preferences():
+    begun = fc.SDMGrad(weights=[1.0, 3.0]).operand(2, torch.device("cpu"))
+    assert torch.equal(begun, torch.tensor([0.25, 0.75], dtype=torch.float64))
+
+
 def test_sdmgrad_at_any_rate_keeps_to_the_simplex(backend):
     rows = torch.eye(3, dtype=torch.float64) - 0.4 + torch.arange(3.0)[:, None]
     for rate in (1e12, 1e20, 1e200):
@@ -694,6 +699,23 @@ def _saved(state):
     return file
 
 
+@pytest.mark.parametrize("name", ["gradvac", "sdmgrad", "nash", "crmogm"])
+def test_after_a_reset_the_next_combination_is_the_first(name):
+    make = {**DRAWING, "gradvac": lambda _: fc.GradVac(0.5), "crmogm": lambda _: fc.CRMOGM(fc.NashMTL(update_every=3))}
+    steps = [torch.from_numpy(rows_of("crossed", 4, seed=i)) for i in range(3)]
+
+    def run(method):
+        torch.manual_seed(0)
+        return [fc.combine(rows, method) for rows in steps]
+
+    method = make[name](None)
+    first = run(method)
+    fc.combine(steps[1], method)
+    assert not all(map(torch.equal, first, run(method)))
+    method.reset()
+    assert all(map(torch.equal, first, run(method)))
+
+
 def test_a_state_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"state_dict must have the keys .*'generator', 'state'"):
         fc.GradVac().load_state_dict({"targets": None})
@@ -741,10 +763,17 @@ def test_random_orders_are_all_taken():
     answers = {tuple(fc.combine(rows, fc.PCGrad(generator=generator)).tolist()) for _ in range(200)}
     # Two orders for each of three gradients, where the order matters.
     assert 2 <= len(answers) <= 8
+    keys = (
+        fc.PCGrad(generator=generator).operand(3, rows.device),
+        fc.GradVac(generator=generator).operand(3, rows.device)[1],
+    )
+    assert torch.stack(keys).unique().numel() == 18  # each gradient draws an order of its own
     weights = torch.stack([fc.RandomWeights(generator).weights(torch.eye(3)) for _ in range(2000)])
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(2000, dtype=torch.float64))
     torch.testing.assert_close(weights.mean(dim=0), torch.full((3,), 1 / 3).double(), rtol=0.0, atol=0.02)
     assert weights.min() > 0.0
+    ratios = weights.log().diff(dim=1)[:, 0]  # of two normal numbers, the difference
+    assert ratios.std().item() == pytest.approx(math.sqrt(2.0), rel=0.05)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -94,6 +94,9 @@ def test_hooks_on_the_weightings_change_the_aggregation():
         aggregator = fc.torchjd.aggregator(fc.Sum())
         getattr(aggregator, place).register_forward_hook(lambda module, inputs, weights: 2 * weights)
         torch.testing.assert_close(aggregator(torch.eye(3)), torch.full((3,), 2.0))
+    aggregator.weighting.register_forward_hook(lambda module, inputs, weights: weights[:1])
+    with pytest.raises(ValueError, match=r"must return one weight a loss, shape \(3,\), got \(1,\)"):
+        aggregator(torch.eye(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

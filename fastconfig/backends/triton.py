@@ -544,7 +544,7 @@ _BY_SHARES = ("cagrad", "aligned", "dualproj", "upgrad", "sdmgrad")
 """Kinds that take the preferences over their sum."""
 _AS_CONFIG = ("imtlg", "aligned")
 """Kinds that solve as ConFIG does, with as many warps."""
-_ONLY_PREFERRED = ("cagrad", "nash", "fairgrad", "inverse_norm")
+_ONLY_PREFERRED = ("inverse_norm", "cagrad", "nash", "fairgrad")
 """Kinds in which a row of preference 0 takes no part."""
 
 

@@ -26,8 +26,8 @@ def _inverse_norm(problem: Problem, parameters: Sequence[float], operand: Vector
     # Relative to the norm whose factor is largest, so that no power overflows.
     reference = problem.norms.min() if power >= 0 else problem.norms.max()
     weights: Vector = problem.preferences * (reference / problem.norms) ** power
-    scaled: Vector = weights * (problem.preferences.sum() / weights.sum())
-    return scaled
+    weights *= problem.preferences.sum() / weights.sum()
+    return weights
 
 
 class InverseNorm(GramianMethod):
