@@ -799,6 +799,27 @@ def test_in_a_buffer_and_in_mconfig(name):
     assert (model(inputs) - torch.arange(3.0)).square().mean().item() < before
 
 
+class Halved(fc.MGDA):
+    """A built-in method that a user changed."""
+
+    def weights(self, gramian):
+        return 0.5 * super().weights(gramian)
+
+
+def test_what_a_subclass_answers_counts_in_a_combination_and_over_several_segments(backend):
+    rows = torch.from_numpy(rows_of("leaning", 3))
+    wanted = fc.combine(rows, fc.MGDA(), backend=backend)
+    torch.testing.assert_close(fc.combine(rows, Halved(), backend=backend), 0.5 * wanted)
+    narrow, wide = (part.clone().requires_grad_() for part in (torch.zeros(10), torch.zeros(16, dtype=torch.float64)))
+    buf = fc.GradientBuffer([narrow, wide], num_losses=3)
+    buf.backward([rows[i, :10].float() @ narrow + rows[i, 10:] @ wide for i in range(3)])
+    for method, share in ((fc.MGDA(), 1.0), (Halved(), 0.5)):
+        info = buf.combine(method)
+        torch.testing.assert_close(info.gramian, rows @ rows.T, rtol=1e-6, atol=1e-6)
+        found = torch.cat([narrow.grad.double(), wide.grad])
+        torch.testing.assert_close(found, share * wanted, rtol=1e-5, atol=1e-5)
+
+
 WRONG = [
     (lambda: fc.Constant(None), ValueError, "weights must be a vector"),
     (lambda: fc.Constant([0.0, 0.0]), ValueError, "must not all be zero"),
