@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 
 import fastconfig as fc
 from fastconfig.backends import cpu, reference
-from fastconfig.methods import GramianMethod, Stateful
+from fastconfig.methods import GramianMethod, Stateful, solvers
 from fastconfig.methods.catalogue import CATALOGUE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "lstsq_by_svd")
@@ -865,3 +865,9 @@ def test_reprs_say_how_to_make_them_again():
     for method in variants(3):
         again = eval(repr(method), {name: getattr(fc, name) for name in fc.__all__})
         assert again.rule == method.rule
+
+
+def test_the_references_minimum_of_rows_that_depend_exactly():
+    """An exchange may leave such rows free, where a plain solve raises."""
+    found = solvers._minimum(np.ones((3, 3)), np.ones(3), np.array([True, False, True]))
+    np.testing.assert_allclose(found, [0.5, 0.0, 0.5])

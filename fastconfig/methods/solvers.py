@@ -63,9 +63,13 @@ def nonnegative(a: Matrix, f: Vector) -> Vector:
 
 
 def _minimum(a: Matrix, f: Vector, free: NDArray[np.bool_]) -> Vector:
-    """The minimum over the free entries, the others 0."""
+    """The minimum over the free entries, the others 0; the shortest where rounding left them dependent."""
     x = np.zeros(len(f))
-    x[free] = np.linalg.solve(a[np.ix_(free, free)], f[free])
+    block = a[np.ix_(free, free)]
+    try:
+        x[free] = np.linalg.solve(block, f[free])
+    except np.linalg.LinAlgError:
+        x[free] = np.linalg.lstsq(block, f[free], rcond=None)[0]
     return x
 
 
