@@ -30,7 +30,7 @@ def measure_methods(run: Run) -> None:
             return
     for shape in map(run.shrunk, run.cases(WHOLE, 3.0)):
         block = gradients(shape, run, copies=1)[0]
-        for name in run.cases(names(), 1.0):
+        for name in run.cases([*names(), "graddrop"], 1.0):
             with run.case(f"{name} {shape}"):
                 timing = time_calls([combine(name, block)], run, 0.1)
                 run.add({"what": "combination", "method": name, **shape.labels, **asdict(timing)})
@@ -69,4 +69,5 @@ def combine(name: str, grads: Tensor) -> Call:
 
 def compilations(device: torch.device) -> Sequence[Call]:
     """What compiles every kernel that is measured here."""
-    return [solve(name, conflicting_gramian(m, device)) for m in SOLVED for name in names()]
+    solvers = [solve(name, conflicting_gramian(m, device)) for m in SOLVED for name in names()]
+    return [*solvers, *(combine("graddrop", torch.ones(m, 4096, device=device)) for m in SOLVED)]
