@@ -123,14 +123,29 @@ class CAGrad(StatefulMethod):
         super().__init__(rule, c=self._c, rescale=rescale, fast=self._fast, weights=preferences)
         self.generator = check_generator(generator)
 
+    @property
+    def is_fused(self) -> bool:
+        """Where every row of a buffer is of this step."""
+        return self._fast is None and super().is_fused
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        """As every method's; with ``fast`` of the rows of this step alone, whatever the others hold."""
+        preferences = self._rule.preferences
+        if self._fast is None or preferences is None or len(preferences) != len(gramian):
+            return super().weights(gramian)
+        chosen = gramian.new_tensor(preferences) > 0
+        return super().weights(torch.where(chosen & chosen.unsqueeze(1), gramian, 0.0))
+
     def reduced(self, losses: Sequence[Tensor | Callable[[], Tensor]]) -> list[tuple[int, Callable[[], Tensor]]]:
         """What to backpropagate in this step with ``fast``: so many rows of a buffer, and for each a loss to call.
 
         All but one are losses drawn without replacement; the last is the mean of all others. The next combination
-        reads these rows alone and counts the last as so many losses, which is the paper's program for a subset.
+        is of these rows alone, whatever the others hold, and counts the last as so many losses, which is the paper's
+        program for a subset.
 
         Args:
-            losses: m of them, tensors of one element or callables that return one.
+            losses: m of them, callables that return a tensor of one element, or such tensors: if these share a graph,
+                backpropagate all but the last with ``retain_graph=True``.
 
         Raises:
             ValueError: the method was made without ``fast``, or there are fewer losses.
