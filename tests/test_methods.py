@@ -806,6 +806,19 @@ class Halved(fc.MGDA):
         return 0.5 * super().weights(gramian)
 
 
+@pytest.mark.parametrize("base", [fc.MGDA, fc.NashMTL, fc.CAGrad])
+def test_every_method_can_be_subclassed(backend, base):
+    class Doubled(base):
+        def weights(self, gramian):
+            return 2.0 * super().weights(gramian)
+
+    rows = torch.from_numpy(rows_of("leaning", 3))
+    assert base().is_fused
+    assert not Doubled().is_fused
+    wanted = 2.0 * fc.combine(rows, base(), backend=backend)
+    torch.testing.assert_close(fc.combine(rows, Doubled(), backend=backend), wanted)
+
+
 def test_what_a_subclass_answers_counts_in_a_combination_and_over_several_segments(backend):
     rows = torch.from_numpy(rows_of("leaning", 3))
     wanted = fc.combine(rows, fc.MGDA(), backend=backend)

@@ -126,7 +126,7 @@ class CAGrad(StatefulMethod):
     @property
     def is_fused(self) -> bool:
         """Where every row of a buffer is of this step."""
-        return self._fast is None and super().is_fused
+        return self._fast is None and type(self).weights is CAGrad.weights
 
     def weights(self, gramian: Tensor) -> Tensor:
         """As every method's; with ``fast`` of the rows of this step alone, whatever the others hold."""

@@ -81,12 +81,12 @@ class NashMTL(StatefulMethod):
     @property
     def is_fused(self) -> bool:
         """Where every combination solves."""
-        return self._every == 1
+        return self._every == 1 and type(self).weights is NashMTL.weights
 
     def weights(self, gramian: Tensor) -> Tensor:
         """As every method's; in between two solutions, the last one's weights, bounded anew."""
         found = super().weights(gramian)
-        if self.is_fused:
+        if self._every == 1:
             return found
         kept = self._kept((len(found),), found.device)
         if kept is None:
@@ -108,8 +108,9 @@ class NashMTL(StatefulMethod):
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """As every method's."""
+        step = check_count("state_dict['step']", state_dict.get("step", 0), least=0)  # type: ignore[arg-type]
         super().load_state_dict(state_dict)
-        self._step = check_count("state_dict['step']", state_dict["step"], least=0)  # type: ignore[arg-type]
+        self._step = step
 
     def reset(self) -> None:
         """As every method's: the next combination solves."""
