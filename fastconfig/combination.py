@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastconfig.backends import Backend
 from fastconfig.losses import Losses
-from fastconfig.methods import ConFIG, GramianMethod, Method, StreamingMethod, is_streaming
+from fastconfig.methods import ConFIG, GramianMethod, Method, StreamingMethod, check_weights_of, is_streaming
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.rows import Rows
 from fastconfig.validation import check_method_weights
@@ -86,21 +86,7 @@ def _backend_of(rows: Rows, out: Tensor) -> Backend:
 
 def weights_of(method: object, gramian: Tensor) -> object:
     """What a method answers, unchecked. TypeError where it has no weights to answer with."""
-    if is_streaming(method):
-        raise TypeError(no_weights_message(method))
-    weights = getattr(method, "weights", None)
-    if isinstance(method, type) or not callable(weights):
-        raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
-    answer: object = weights(gramian)
-    return answer
-
-
-def no_weights_message(method: object) -> str:
-    """Why a streaming method cannot stand where weights are needed."""
-    return (
-        f"{method!r} has no weights(gramian), as it treats every parameter by itself; "
-        "use it in fc.combine or fc.GradientBuffer.combine"
-    )
+    return check_weights_of(method).weights(gramian)
 
 
 class Combination:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastconfig.api import gramian
 from fastconfig.combination import weights_of
-from fastconfig.methods import DEFAULT_METHOD, Method, Stateful
+from fastconfig.methods import DEFAULT_METHOD, Method, Stateful, check_weights_of
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_method_weights, check_rows
 
@@ -44,7 +44,7 @@ def weighting(method: Method | None = None) -> Weighting[Tensor]:
         >>> fc.torchjd.weighting(fc.MGDA())(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
         tensor([0.6000, 0.4000])
     """
-    return _classes()[0](_checked(method))
+    return _classes()[0](DEFAULT_METHOD if method is None else check_weights_of(method))
 
 
 def aggregator(method: Method | None = None) -> GramianWeightedAggregator:
@@ -67,14 +67,7 @@ def aggregator(method: Method | None = None) -> GramianWeightedAggregator:
         >>> fc.torchjd.aggregator(fc.ConFIG())(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
         tensor([0.1588, 2.0706, 2.0706])
     """
-    return _classes()[1](_checked(method))
-
-
-def _checked(method: Method | None) -> Method:
-    method = DEFAULT_METHOD if method is None else method
-    if isinstance(method, type) or not callable(getattr(method, "weights", None)):
-        raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
-    return method
+    return _classes()[1](DEFAULT_METHOD if method is None else check_weights_of(method))
 
 
 @lru_cache(maxsize=1)

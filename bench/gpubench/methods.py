@@ -42,7 +42,7 @@ def names() -> list[str]:
     """The methods that are rules on the Gramian: all but GradDrop."""
     from fastconfig.methods.catalogue import CATALOGUE
 
-    return [name for name, entry in CATALOGUE.items() if hasattr(entry.title, "weights")]
+    return [name for name, entry in CATALOGUE.items() if hasattr(entry.kind, "weights")]
 
 
 def conflicting_gramian(m: int, device: torch.device) -> Tensor:

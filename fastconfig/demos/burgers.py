@@ -162,7 +162,7 @@ class MethodTrainer(Trainer):
 
     def __init__(self, seed: int, device: torch.device, budget: Budget, method: str = "config") -> None:
         super().__init__(seed, device, budget)
-        self.name = CATALOGUE[method].title.__name__
+        self.name = CATALOGUE[method].kind.__name__
         self._buffer = GradientBuffer(self.network, num_losses=LOSS_NAMES)
         self._method = CATALOGUE[method].make(len(LOSS_NAMES))
 

@@ -34,7 +34,7 @@ _LEFT_OUT = ("sum", "constant")
 
 def toy_methods() -> dict[str, Callable[[], Method | StreamingMethod]]:
     """Every method by the name of its class, each made anew for two losses."""
-    return {entry.title.__name__: partial(entry.make, 2) for name, entry in CATALOGUE.items() if name not in _LEFT_OUT}
+    return {entry.kind.__name__: partial(entry.make, 2) for name, entry in CATALOGUE.items() if name not in _LEFT_OUT}
 
 
 def save_figure(paths: Mapping[str, Tensor], path: Path) -> None:

@@ -1,7 +1,7 @@
 """One file a method: Gramian -> weights, or rows -> combination."""
 
 from fastconfig.methods.aligned_mtl import AlignedMTL
-from fastconfig.methods.base import GramianMethod, Method, Stateful, StreamingMethod, is_streaming
+from fastconfig.methods.base import GramianMethod, Method, Stateful, StreamingMethod, check_weights_of, is_streaming
 from fastconfig.methods.cagrad import CAGrad
 from fastconfig.methods.config import ConFIG
 from fastconfig.methods.constant import Constant, Mean, Sum
@@ -46,6 +46,7 @@ __all__ = [
     "StreamingMethod",
     "Sum",
     "UPGrad",
+    "check_weights_of",
     "is_streaming",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, TypeGuard, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -55,6 +55,18 @@ class StreamingMethod(Protocol):
 def is_streaming(method: object) -> TypeGuard[StreamingMethod]:
     """Whether a method combines by rows, not by weights. Quicker to ask than a protocol at run time."""
     return callable(getattr(method, "combine_rows", None)) and not isinstance(method, type)
+
+
+def check_weights_of(method: object) -> Method:
+    """The method; TypeError where it has no weights to answer with."""
+    if is_streaming(method):
+        raise TypeError(
+            f"{method!r} has no weights(gramian), as it treats every parameter by itself; "
+            "use it in fc.combine or fc.GradientBuffer.combine"
+        )
+    if isinstance(method, type) or not callable(getattr(method, "weights", None)):
+        raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
+    return cast("Method", method)
 
 
 class GramianMethod:

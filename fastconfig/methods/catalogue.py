@@ -31,19 +31,19 @@ class Entry:
     """A method of the catalogue.
 
     Attributes:
-        title: its class, which carries its source.
+        kind: its class, which carries its source.
         rule: what it does, in a line.
         make: for m losses, with its defaults.
     """
 
-    title: type[Method | StreamingMethod]
+    kind: type[Method | StreamingMethod]
     rule: str
     make: Callable[[int], Method | StreamingMethod]
 
     @property
     def source(self) -> str:
         """Where it was published."""
-        return str(self.title.source)  # type: ignore[union-attr]
+        return str(self.kind.source)  # type: ignore[union-attr]
 
 
 def _entries() -> dict[str, Entry]:
@@ -69,7 +69,7 @@ def _entries() -> dict[str, Entry]:
         Entry(GradDrop, "of every parameter the gradients of one sign, drawn", lambda m: GradDrop()),
         Entry(CRMOGM, "another method's weights, smoothed", lambda m: CRMOGM(MGDA())),
     ]
-    return {entry.title.__name__.lower(): entry for entry in entries}
+    return {entry.kind.__name__.lower(): entry for entry in entries}
 
 
 CATALOGUE: dict[str, Entry] = _entries()

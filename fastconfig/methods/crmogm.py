@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastconfig.methods.base import Method, Stateful, check_gramian
+from fastconfig.methods.base import Method, Stateful, check_gramian, check_weights_of
 from fastconfig.validation import check_method_weights, check_number
 
 
@@ -34,9 +34,7 @@ class CRMOGM(Stateful):
     source = "Zhou et al., NeurIPS 2022, CR-MOGM"
 
     def __init__(self, method: Method, alpha: float = 0.9) -> None:
-        if isinstance(method, type) or not callable(getattr(method, "weights", None)):
-            raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.MGDA()")
-        self.method = method
+        self.method = check_weights_of(method)
         self.alpha = check_number("alpha", alpha, 0.0, 1.0)
 
     def weights(self, gramian: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastconfig import landing
-from fastconfig.combination import no_weights_message
-from fastconfig.methods import ConFIG, GramianMethod, Method, is_streaming
+from fastconfig.methods import ConFIG, GramianMethod, Method, check_weights_of
 
 
 def check_count(name: str, value: int) -> None:
@@ -22,10 +21,7 @@ def check_count(name: str, value: int) -> None:
 
 def checked_method(method: Method, num_losses: int) -> Method:
     """The method; TypeError where it is none, ValueError where it is for another number of losses."""
-    if is_streaming(method):
-        raise TypeError(no_weights_message(method))
-    if isinstance(method, type) or not isinstance(method, Method):
-        raise TypeError(f"method must have weights(gramian) -> (m,), got {method!r}; for instance fc.ConFIG()")
+    method = check_weights_of(method)
     if isinstance(method, (ConFIG, GramianMethod)):
         method.rule.check_losses(num_losses)
     return method

@@ -22,7 +22,7 @@ from fastconfig.methods.catalogue import CATALOGUE
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 
 DEVICE = "cuda"
-RULES = [name for name, entry in CATALOGUE.items() if hasattr(entry.title, "weights")]
+RULES = [name for name, entry in CATALOGUE.items() if hasattr(entry.kind, "weights")]
 """Methods that are rules on the Gramian: all but GradDrop."""
 DRAWN = ("randomweights", "pcgrad", "gradvac")
 """Methods that draw, on a device other numbers than on the host."""
