@@ -1,9 +1,10 @@
-"""The specification: every function of a backend in plain PyTorch, float64 inside, on any device.
+"""The specification: every function of a backend in plain PyTorch and numpy, float64 inside, on any device.
 
 Each function states one clause of the numerics contract. The compiled backends are tested against this file, so it is
 written to be read and checked by hand, not to be fast: it holds at most a few chunks of columns in float64 at a time
-and branches on no tensor's value (on an accelerator, torch.linalg.eigh may still synchronise). One clause it leaves to
-the compiled backends: its matrix products are the BLAS's, whose last bits may depend on the number of threads.
+and, but for the methods beside ConFIG, which it solves on the host, branches on no tensor's value (on an accelerator,
+torch.linalg.eigh may still synchronise). One clause it leaves to the compiled backends: its matrix products are the
+BLAS's, whose last bits may depend on the number of threads.
 """
 
 from __future__ import annotations
