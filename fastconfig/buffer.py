@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
-from functools import reduce
-from typing import Literal, overload
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Module
 
-from fastconfig import landing
+from fastconfig import landing, step_hook
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination, combine_segments
-from fastconfig.landing import GradientRows
+from fastconfig.heads import OutsideParameters
+from fastconfig.landing import GradientRows, Recording, Shown
 from fastconfig.losses import Losses
-from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod
+from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
+from fastconfig.parameters import Parameters, Source, Watch, by_kind, columns_of, trained
 from fastconfig.rows import Rows
 
 By = Literal["module", "parameter"] | Callable[[str], str]
 """What makes the parts of a model: the module that owns a parameter, the parameter, or a function of its name."""
+
+Loss = Tensor | Callable[[], Tensor] | None
+"""What ``backward`` takes for a loss: it, what returns it, or None where this batch has no labels for it."""
+
+Stale = Literal["warn", "error", "use"]
+
+_EMPTY, _NEW, _USED = 0, 1, 2
+"""What a row is: zero; recorded since the last combination; of a step before that."""
+
+
+class Scaler(Protocol):
+    """What ``combine`` asks of a ``torch.amp.GradScaler``."""
+
+    def scale(self, outputs: Tensor, /) -> Tensor:
+        """The tensor times the scale, on its device."""
 
 
 class Segment(landing.Segment):
@@ -40,31 +57,45 @@ class Segment(landing.Segment):
 class GradientBuffer:
     """The gradients of m losses over the same parameters, each in its row of one contiguous block.
 
-    Each gradient goes to its place in its loss's row as soon as autograd has computed it, and is freed; the kernels
-    read the rows where they lie, and every ``p.grad`` ends as a view of one flat combined gradient: no loss's gradient
-    is ever held twice, stacked or flattened.
+    Each gradient is brought to its place in its loss's row, large ones as soon as autograd has computed them, and is
+    freed; the kernels read the rows where they lie, and every ``p.grad`` ends as a view of one flat combined gradient:
+    no loss's gradient is stacked or flattened.
+
+    Which parameters belong in it: those that the losses share. Task heads that one loss alone reaches may be in it,
+    too, or may stay outside, where they get the plain sum of the losses' gradients, as after ``backward()``, and want
+    ``optimizer.zero_grad()`` in every step. With heads inside, norms and cosines are of all parameters, so losses with
+    large heads count as less alike than they are on the trunk, and the heads' updates are weighted, too.
 
     Args:
         parameters: the parameters that the losses share: a module, or as from ``model.parameters()``, or pairs as from
             ``model.named_parameters()``. Those that need no gradient are left out; one given twice counts once.
-            Only a module or pairs give them the names that ``gramian(by=...)`` asks for.
+            Only a module or pairs give them the names that ``gramian(by=...)`` asks for, and only of a module is it
+            noticed that a layer was replaced or added.
         num_losses: m, the number of losses; or m names of theirs, for ``record`` and for errors, tables and pictures.
 
     Raises:
-        TypeError: a parameter that is not a dense floating-point or complex tensor; num_losses neither an int nor a
-            list of names.
-        ValueError: no parameter that needs a gradient; a non-leaf tensor; two parameters of one name; num_losses under
-            1; a loss's name that is empty or not the only such.
+        TypeError: a parameter that is not a dense floating-point or complex tensor; pairs and tensors mixed; num_losses
+            neither an int nor a list of names.
+        ValueError: no parameter that needs a gradient; a non-leaf or uninitialised tensor or one on the meta device;
+            two parameters of one name; num_losses under 1; a loss's name that is empty or not the only such.
 
     Attributes:
         combination: what the last ``combine`` returned; None before the first.
 
-    Memory: (m + 1)·n elements. Rows start as zeros, and a zero row constrains nothing.
+    Memory: (m + 1)·n elements of the gradients' dtype (a parameter's ``grad_dtype``, where PyTorch has that). Rows
+    start as zeros, and a zero row constrains nothing. Rows are dense: a table whose gradients are sparse takes m + 1
+    times its own size, and a warning says so where that is over 16 MiB.
+
+    A copy (``copy.deepcopy``, ``pickle``), made together with the model, is a buffer over the copied parameters.
+
+    With L-BFGS: the combination is no function's gradient, so a line search, and the curvature that L-BFGS takes from
+    the differences of gradients, mean nothing on it. Combine once before the step, and minimise Σ c_i L_i in it with
+    the weights c of that combination held fixed: a function whose gradient, where the step begins, is the combination.
 
     Example:
         >>> import torch, fastconfig as fc
         >>> model = torch.nn.Linear(3, 2)
-        >>> buf = fc.GradientBuffer(model.parameters(), num_losses=2)
+        >>> buf = fc.GradientBuffer(model, num_losses=2)
         >>> prediction = model(torch.ones(3))
         >>> buf.backward([prediction[0].square(), prediction[1].square()])
         >>> info = buf.combine(fc.ConFIG())
@@ -72,19 +103,19 @@ class GradientBuffer:
         True
     """
 
-    def __init__(
-        self, parameters: Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]], num_losses: int | Sequence[str]
-    ) -> None:
+    def __init__(self, parameters: Parameters, num_losses: int | Sequence[str]) -> None:
         self._losses = Losses(num_losses)
-        self._num_losses = m = len(self._losses)
-        tensors, names = landing.with_names(parameters)
-        trained = landing.trained(tensors)
-        groups = landing.by_kind(trained)
-        self._rows = GradientRows([Segment(group, m) for group in groups], m, "GradientBuffer")
-        places = {id(parameter): i for i, parameter in enumerate(self._rows.parameters)}
-        self._places = None if names is None else {names[id(p)]: places[id(p)] for p in trained}  # in the order given
-        self._grad_views = [view for segment in self.segments for view in segment.views(segment.grad)]
+        self._num_losses = len(self._losses)
+        self._calls = [f"record({self._losses.argument(i)})" for i in range(self._num_losses)]
+        self._source = Source(parameters)
+        self._methods: dict[str, Method | StreamingMethod] = {}
+        self._warned: set[str] = set()
         self.combination: Combination | None = None
+        self._build()
+        self._states = [_EMPTY] * self._num_losses
+        self._absent = [False] * self._num_losses
+        self._outside = OutsideParameters()
+        step_hook.watch(self)
 
     @property
     def num_losses(self) -> int:
@@ -98,7 +129,7 @@ class GradientBuffer:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """One a (device, dtype) of the parameters, in order of first appearance; one only for most models."""
+        """One a (device, dtype) of the gradients, in order of first appearance; one only for most models."""
         return self._rows.segments
 
     @property
@@ -120,69 +151,138 @@ class GradientBuffer:
         """Set every row to zero and forget which parameters the losses reached. ``p.grad`` is left as it is."""
         self._rows.check_not_recording("zero")
         self._rows.zero()
+        self._states = [_EMPTY] * self._num_losses
+        self._absent = [False] * self._num_losses
 
-    @contextmanager
-    def record(self, loss: int | str) -> Generator[None, None, None]:
+    def refresh(self) -> None:
+        """Take in parameters that need a gradient now and did not when the buffer was made, or are new in the module.
+
+        The rows of the parameters that stay keep their content, with zeros for what is new; those of parameters that
+        the module no longer has are gone. ``rows``, ``grad`` and ``segments`` are new tensors afterwards, and a
+        ``p.grad`` stays a view of the old ones until the next ``combine``.
+
+        Raises:
+            RuntimeError: inside ``record``.
+            TypeError, ValueError: as the constructor; nothing has changed.
+        """
+        self._rows.check_not_recording("refresh")
+        old, old_views = self._rows, [self._rows.shown(i).views for i in range(self._num_losses)]
+        self._build(kept=old.parameters)
+        place = {id(parameter): i for i, parameter in enumerate(old.parameters)}
+        sources = [place.get(id(parameter)) for parameter in self._rows.parameters]
+        for row in range(self._num_losses):
+            for view, source in zip(self._rows.shown(row).views, sources, strict=True):
+                if source is not None:
+                    view.copy_(old_views[row][source])
+            self._rows.reached[row] = tuple([s is not None and old.reached[row][s] for s in sources])
+
+    def record(self, loss: int | str, *, accumulate: bool | None = None) -> Recording:
         """Let backward passes inside the ``with`` block write row ``loss``.
 
-        The row begins anew: what a backward pass does not reach is zero when the block ends, and inside it may still
-        hold what it did. Several backward passes in one block add up. Each ``p.grad`` is None inside the block until a
-        backward pass reaches it, then the row's view, and after the block what it was before; parameters outside the
-        buffer accumulate ``.grad`` as usual. If the block raises, the row is zeroed.
+        The row begins anew: what has no gradient when the block ends is zero, and inside it may still hold what it did.
+        Several backward passes in one block add up. What counts is what each ``p.grad`` holds when the block ends,
+        whoever put it there. It is None inside the block until then, and after the block what it was before; parameters
+        outside the buffer accumulate ``.grad`` as usual. If the block raises, the row is zeroed.
 
         Args:
             loss: the row, 0 to m - 1, or the loss's name.
+            accumulate: True adds to the row what was recorded of the loss since the last ``combine``, as for
+                micro-batches: ``combine`` ends the accumulation, so True may be said in every call of a loop. The
+                block's gradients stay in ``p.grad`` until it ends, n elements more. False begins anew. None, too, and
+                warns once where that discards a gradient that was never combined.
 
         Raises:
             TypeError, IndexError: no such loss.
-            RuntimeError: inside another ``record``, of this buffer or of one over some of the same parameters; or a
-                parameter is no longer the one the buffer was made for.
+            RuntimeError: entered inside another ``record``, of this buffer or of one over some of the same parameters;
+                or a parameter is no longer the one the buffer was made for.
         """
         row = self._losses.index(loss)
-        with self._rows.record(row, f"record({self._losses.argument(row)})"):
-            yield
+        adds = self._adds(row, accumulate, self._calls[row])
+        return Recording(self._rows, row, self._calls[row], adds, False, partial(self._recorded, row))
 
-    def backward(self, losses: Sequence[Tensor | Callable[[], Tensor]], *, retain_graph: bool = False) -> None:
+    def backward(
+        self,
+        losses: Sequence[Loss] | Mapping[str, Loss] | Mapping[int, Loss],
+        *,
+        accumulate: bool | None = None,
+        retain_graph: bool = False,
+    ) -> None:
         """Backpropagate every loss into its row.
 
+        Each call is a step of its own unless told to accumulate: a loop over micro-batches without ``accumulate=True``
+        keeps the last of them alone, and a warning says so once.
+
         Args:
-            losses: m of them. Tensors of one element: the graph they share is retained until the last. Callables that
-                return one: called and backpropagated one by one, so that no graph outlives its loss.
+            losses: m of them, or a dict of them by name or number. Tensors of one element: the graph they share is
+                retained until the last. Callables that return one: called and backpropagated one by one, so that no
+                graph outlives its loss. None for a loss without labels in this batch: its row is zero and takes no
+                part, and ``combination.absent`` names it.
+            accumulate: True adds to the rows what was recorded since the last ``combine``, as for micro-batches, whose
+                losses are to be divided by their number: the rows are those of one pass over the joined batch, to
+                rounding. ``combine`` ends the accumulation, so True may be said in every call of a loop. A loss is
+                absent where every micro-batch lacks it. n elements more in memory, no second set of rows. False begins
+                anew. None, too, and warns once where that discards gradients that were never combined.
             retain_graph: keep the graph after the last tensor, too.
 
         Raises:
-            TypeError: a loss that is neither a tensor nor a callable.
-            ValueError: a wrong number of losses; a loss of several elements, or that does not require grad. Losses
-                given as tensors are all checked before any row is written.
+            TypeError: a loss that is neither a tensor nor a callable nor None.
+            ValueError: a wrong number of losses, or a dict that lacks one; every loss is None, without ``accumulate``;
+                a loss of several elements, or that does not require grad. Losses given as tensors are all checked
+                before any row is written.
+            IndexError: a dict names no such loss.
 
         If a callable or a backward pass raises, every row is zeroed: rows of two steps are never combined.
         """
-        if isinstance(losses, Tensor) or not isinstance(losses, Sequence):
-            raise TypeError(f"losses must be a sequence of {self._num_losses} losses, got {type(losses).__name__}")
-        if len(losses) != self._num_losses:
-            raise ValueError(f"losses must hold {self._num_losses} losses, one a row, got {len(losses)}")
-        for i, loss in enumerate(losses):
+        given = self._in_order(losses)
+        for i, loss in enumerate(given):
             if isinstance(loss, Tensor):
                 _check_loss(loss, self._given(i))
-            elif not callable(loss):
-                raise TypeError(f"{self._given(i)} must be a tensor or a callable that returns one, got {loss!r}")
-        last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
-        self._rows.check_not_recording("backward")
-        self._rows.check_parameters()
+            elif loss is not None and not callable(loss):
+                raise TypeError(
+                    f"{self._given(i)} must be a tensor, a callable that returns one, or None where the batch has no "
+                    f"labels for it, got {loss!r}"
+                )
+        if all(loss is None for loss in given) and not accumulate:
+            raise ValueError("every loss is None, so there is nothing to backpropagate; leave this batch out")
+        last_tensor = max((i for i, loss in enumerate(given) if isinstance(loss, Tensor)), default=-1)
+        rows = self._rows
+        rows.check_not_recording("backward")
+        adds = []
+        for i in range(self._num_losses):
+            adds.append(self._adds(i, accumulate, "backward"))  # noqa: PERF401 - a warning counts the frames
+        self._outside.before([loss for loss in given if isinstance(loss, Tensor)], rows, any(adds))
+        rows.begin("backward")
         try:
-            for i, loss in enumerate(losses):
-                with self.record(i):
-                    if isinstance(loss, Tensor):
-                        _backward(loss, retain_graph or i < last_tensor)
-                    else:
-                        value = loss()
-                        _check_loss(value, self._given(i))
-                        _backward(value, retain_graph=False)
+            for i, loss in enumerate(given):
+                if loss is None:
+                    if not adds[i]:
+                        rows.forget(i)
+                        self._states[i], self._absent[i] = _NEW, True
+                    continue
+                rows.open(i, self._calls[i], adds[i])
+                if isinstance(loss, Tensor):
+                    _backward(loss, retain_graph or i < last_tensor)
+                else:
+                    value = loss()
+                    _check_loss(value, self._given(i))
+                    self._outside.see(value, rows)
+                    _backward(value, retain_graph=False)
+                rows.close(i, adds[i])
+                self._states[i], self._absent[i] = _NEW, False
         except BaseException:
+            rows.end()
             self.zero()
             raise
+        rows.end()
+        self._outside.after()
 
-    def combine(self, method: Method | StreamingMethod | None = None) -> Combination:
+    def combine(
+        self,
+        method: Method | StreamingMethod | str | None = None,
+        *,
+        scaler: Scaler | None = None,
+        stale: Stale = "warn",
+    ) -> Combination:
         """Combine the rows into ``grad`` and make every ``p.grad`` a view of it.
 
         Rows keep their content until they are recorded again or ``zero`` is called. A parameter that no loss reached
@@ -190,34 +290,53 @@ class GradientBuffer:
         ``p.grad`` is replaced.
 
         Args:
-            method: the rule from the Gramian to the weights, or ``GradDrop``; ``ConFIG()`` by default.
+            method: the rule from the Gramian to the weights, or ``GradDrop``, or the name of one, as ``fastconfig
+                methods`` lists them, made once for the buffer; ``ConFIG()`` by default.
+            scaler: the ``torch.amp.GradScaler`` by which the losses were multiplied. The weights are those of the true
+                gradients, as is what ``combination`` tells; ``grad`` stays scaled, so that ``scaler.unscale_``,
+                ``scaler.step`` and ``scaler.update`` go on as always, after this call. A gradient that overflowed is
+                left to the scaler to find in ``p.grad``, also where the method drops it from the weights: the step is
+                skipped, and the scale backs off. Without it, a method whose answer is not proportional to the gradients
+                (``NashMTL``, ``SDMGrad``, ``InverseNorm``, ...) solves another problem. Nothing waits for the device.
+            stale: what to do where some rows were recorded since the last ``combine`` and others were not and still
+                hold gradients of a step before: ``"warn"`` once, ``"error"``, or ``"use"`` them silently.
 
         Raises:
-            RuntimeError: inside ``record``; nothing was recorded since the buffer was made or zeroed; or a parameter is
-                no longer the one the buffer was made for.
+            RuntimeError: inside ``record``; nothing was recorded since the buffer was made or zeroed; a row is stale
+                and stale="error"; a parameter is no longer the one the buffer was made for, or one requires a gradient
+                that did not then (``refresh`` takes it in).
             ValueError, TypeError, FloatingPointError: as ``fc.combine``; nothing has been written.
         """
-        self._rows.check_not_recording("combine")
-        self._rows.check_parameters()
-        reached = set().union(*self._rows.reached)
-        if not reached:
-            raise RuntimeError(
-                "combine found nothing to combine: no backward pass has reached a parameter of this buffer. Call "
-                "backward or record first; if the model's parameters were replaced, make a new GradientBuffer"
-            )
-        method = DEFAULT_METHOD if method is None else method
+        rows = self._rows
+        rows.check_not_recording("combine")
+        rows.check_parameters()
+        if not is_dynamo_compiling():
+            self._watch.check("combine")
+        if stale not in ("warn", "error", "use"):
+            raise ValueError(f"stale must be 'warn', 'error' or 'use', got {stale!r}")
+        reached = [any(flags) for flags in zip(*rows.reached, strict=True)]
+        if not any(reached):
+            raise RuntimeError(self._why_nothing())
+        rule = self._method_of(method)
+        if stale != "use" and _NEW in self._states and _USED in self._states:
+            self._tell_stale(rule, stale)
         home = self.segments[0].device
         m = self._num_losses
         kept = torch.empty(m + 1, m, dtype=torch.float64, device=home)
         gramian, weights = kept[:m], kept[m]
+        scale = None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64, device=home))
         segments = [(segment.description, segment.grad) for segment in self.segments]
         try:
-            combine_segments(segments, method, gramian, weights)
+            combine_segments(segments, rule, gramian, weights, scale)
         except NonFiniteError as error:
             raise self._losses.with_name(error) from None
+        if scaler is not None:
+            self._leave_overflow_to_be_found(gramian, reached)
         self._hang_grad(reached)
-        rtol = (method if isinstance(method, ConFIG) else DEFAULT_METHOD).rule.rtol
-        self.combination = Combination(gramian, weights, rtol, self._losses)
+        rtol = (rule if isinstance(rule, ConFIG) else DEFAULT_METHOD).rule.rtol
+        absent = [i for i, is_absent in enumerate(self._absent) if is_absent]
+        self.combination = Combination(gramian, weights, rtol, self._losses, absent)
+        self._states = [_USED if state == _NEW else state for state in self._states]
         return self.combination
 
     @overload
@@ -251,10 +370,151 @@ class GradientBuffer:
             return self._sum_of_gramians([segment.description for segment in self.segments])
         return {part: self._sum_of_gramians(rows) for part, rows in self._rows_of_parts(by).items()}
 
+    def has_new_rows(self) -> bool:
+        """Whether rows were recorded and not combined since."""
+        return _NEW in self._states
+
+    def holds_any(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether one of these parameters has columns here."""
+        return self._rows.overlaps(parameters)
+
+    def tell_not_combined(self) -> None:
+        """Warn, once, that an optimizer steps over parameters of this buffer whose rows were not combined."""
+        self._warn(
+            "not combined",
+            "optimizer.step() was called after new rows of a GradientBuffer and without its combine(), so it takes "
+            "another gradient than that of these rows, or none; call buf.combine() first, or buf.zero() where the rows "
+            "were only to be looked at",
+            frames=6,
+        )
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{seg.rows.shape[1]} {str(seg.dtype)[6:]} on {seg.device}" for seg in self.segments)
         losses = list(self.names) if self._losses.named else self._num_losses
         return f"GradientBuffer(num_losses={losses}, columns: {sizes})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientBuffer:
+        """A buffer over the copied parameters, with the same rows."""
+        return _rebuilt(*copy.deepcopy(self._parts(), memo))
+
+    def __reduce__(self) -> tuple[Callable[..., GradientBuffer], tuple[object, ...]]:
+        """As deepcopy: pickled together with its model, it comes back over that model's parameters."""
+        return _rebuilt, self._parts()
+
+    def _parts(self) -> tuple[Parameters, int | list[str], dict[str, Any]]:
+        """What a copy is made of."""
+        names, tensors = self._source.names, self._source.tensors
+        given: Parameters = tensors if names is None else [(names[id(tensor)], tensor) for tensor in tensors]
+        if self._source.module is not None:
+            given = self._source.module
+        state = {
+            "rows": [(segment.rows.clone(), segment.grad.clone()) for segment in self.segments],
+            "parameters": list(self._rows.parameters),
+            "reached": list(self._rows.reached),
+            "states": list(self._states),
+            "absent": list(self._absent),
+            "methods": dict(self._methods),
+            "combination": self.combination,
+        }
+        return given, list(self.names) if self._losses.named else self._num_losses, state
+
+    def _build(self, kept: Sequence[Tensor] = ()) -> None:
+        """Rows for the parameters that need a gradient, and for those to be kept though they need none now."""
+        tensors, names = self._source.now()
+        staying = set(map(id, kept))
+        trained(tensors)  # checks them
+        wanted = list({id(p): p for p in tensors if p.requires_grad or id(p) in staying}.values())
+        self._rows = GradientRows(
+            [Segment(group, self._num_losses) for group in by_kind(wanted)], self._num_losses, "GradientBuffer"
+        )
+        self._source.read_again()
+        self._watch = Watch(self._source, wanted, "GradientBuffer")
+        places = {id(parameter): i for i, parameter in enumerate(self._rows.parameters)}
+        self._places = None if names is None else {names[id(p)]: places[id(p)] for p in wanted}  # in the order given
+        self._shown = Shown([view for segment in self.segments for view in segment.views(segment.grad)])
+
+    def _in_order(self, losses: Sequence[Loss] | Mapping[str, Loss] | Mapping[int, Loss]) -> Sequence[Loss]:
+        """The m losses as ``backward`` was given them, by row."""
+        if isinstance(losses, Mapping):
+            by_row = {self._losses.index(key): loss for key, loss in losses.items()}
+            if missing := [self._losses.argument(i) for i in range(self._num_losses) if i not in by_row]:
+                raise ValueError(
+                    f"losses must hold every loss, and lacks {', '.join(missing)}; give None for one without labels in "
+                    "this batch"
+                )
+            return [by_row[i] for i in range(self._num_losses)]
+        if isinstance(losses, Tensor) or not isinstance(losses, Sequence):
+            raise TypeError(
+                f"losses must be a sequence or a dict of {self._num_losses} losses, got {type(losses).__name__}"
+            )
+        if len(losses) != self._num_losses:
+            raise ValueError(
+                f"losses must hold {self._num_losses} losses, one a row, got {len(losses)}; give None for one without "
+                "labels in this batch"
+            )
+        return losses
+
+    def _adds(self, row: int, accumulate: bool | None, call: str) -> bool:
+        """Whether what is recorded next is to be added to the row."""
+        if self._states[row] != _NEW:
+            return False
+        if accumulate is None and not self._absent[row]:
+            self._warn(
+                "discarded",
+                f"{call} discards gradients of the call before, which were never combined; say accumulate=True to add "
+                "up micro-batches, or accumulate=False where that is meant",
+            )
+        return bool(accumulate)
+
+    def _recorded(self, row: int, complete: bool) -> None:
+        """A block of ``record`` has ended."""
+        self._states[row], self._absent[row] = (_NEW if complete else _EMPTY), False
+
+    def _warn(self, kind: str, message: str, frames: int = 4) -> None:
+        """Once a buffer for each kind of message, at the user's line, so many frames up."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, UserWarning, stacklevel=frames)
+
+    def _why_nothing(self) -> str:
+        if all(self._absent):
+            return "combine found nothing to combine: every loss was absent; leave this batch out"
+        return (
+            "combine found nothing to combine: no backward pass has reached a parameter of this buffer. Call "
+            "backward or record first; if the model's parameters were replaced, make a new GradientBuffer"
+        )
+
+    def _tell_stale(self, method: object, stale: Stale) -> None:
+        used = getattr(method, "recorded_rows", None)
+        old = [i for i, state in enumerate(self._states) if state == _USED and (used is None or i in used)]
+        if not old:
+            return
+        message = (
+            f"combine takes {', '.join(map(self._losses.label, old))} as recorded before the last combine, beside "
+            "losses of this step; give backward None for a loss without labels, zero() the rows, or say stale='use'"
+        )
+        if stale == "error":
+            raise RuntimeError(message)
+        self._warn("stale", message)
+
+    def _method_of(self, method: Method | StreamingMethod | str | None) -> Method | StreamingMethod:
+        """The method; one given by name is made once, as it may remember."""
+        if not isinstance(method, str):
+            return DEFAULT_METHOD if method is None else method
+        name = method.lower()
+        if name not in self._methods:
+            self._methods[name] = method_of(name, self._num_losses)
+        return self._methods[name]
+
+    def _leave_overflow_to_be_found(self, gramian: Tensor, reached: Sequence[bool]) -> None:
+        """Put NaN where a scaler looks, if a row is not finite: a method that drops it leaves no other trace."""
+        bad = torch.where(torch.isfinite(gramian.diagonal()).all(), 0.0, torch.nan)
+        flags = iter(reached)
+        for segment in self.segments:
+            for parameter, start in zip(segment.parameters, segment.starts, strict=True):
+                if next(flags) and parameter.numel():
+                    segment.grad[start : start + 1] += bad.to(segment.device)
+                    return
 
     def _given(self, index: int) -> str:
         """How an error calls what ``backward`` was given for a loss."""
@@ -277,7 +537,7 @@ class GradientBuffer:
         parts = {place: _checked_part(part_of(name), name) for name, place in self._places.items()}
         runs: dict[str, list[tuple[int, int, int]]] = {part: [] for part in parts.values()}  # segment, first and last
         spans = [
-            (s, first, first + landing.columns_of(parameter))
+            (s, first, first + columns_of(parameter))
             for s, segment in enumerate(self.segments)
             for parameter, first in zip(segment.parameters, segment.starts, strict=True)
         ]
@@ -301,17 +561,32 @@ class GradientBuffer:
             )
         return self.segments[0]
 
-    def _hang_grad(self, reached: set[int]) -> None:
+    def _hang_grad(self, reached: Sequence[bool]) -> None:
         """Make ``.grad`` of the reached parameters a view of the combined gradient, that of the others None."""
         if is_dynamo_compiling():
             # Views made in the graph: it cannot return older ones, inputs beside the memory that it overwrites.
             views = [view for segment in self.segments for view in segment.views(segment.grad)]
-        else:
-            views = self._grad_views
-            for segment in self.segments:
-                torch.autograd.graph.increment_version(segment.grad)
-        for i, (parameter, view) in enumerate(zip(self._rows.parameters, views, strict=True)):
-            parameter.grad = view.detach() if i in reached else None
+            for i, (parameter, view) in enumerate(zip(self._rows.parameters, views, strict=True)):
+                parameter.grad = view.detach() if reached[i] else None
+            return
+        for segment in self.segments:
+            torch.autograd.graph.increment_version(segment.grad)
+        shown = self._shown
+        for i, parameter in enumerate(self._rows.parameters):
+            parameter.grad = shown[i] if reached[i] else None
+
+
+def _rebuilt(given: Parameters, num_losses: int | list[str], state: dict[str, Any]) -> GradientBuffer:
+    """A buffer as ``GradientBuffer._parts`` took it apart."""
+    buffer = GradientBuffer(given, num_losses)
+    buffer._build(kept=state["parameters"])
+    for segment, (rows, grad) in zip(buffer.segments, state["rows"], strict=True):
+        segment.rows.copy_(rows)
+        segment.grad.copy_(grad)
+    buffer._rows.reached[:] = state["reached"]
+    buffer._states, buffer._absent = list(state["states"]), list(state["absent"])
+    buffer._methods, buffer.combination = state["methods"], state["combination"]
+    return buffer
 
 
 def _part_of(by: By) -> Callable[[str], str]:

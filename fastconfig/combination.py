@@ -54,7 +54,11 @@ def combine_rows(
 
 
 def combine_segments(
-    segments: Sequence[tuple[Rows, Tensor]], method: Method | StreamingMethod, gramian: Tensor, weights: Tensor
+    segments: Sequence[tuple[Rows, Tensor]],
+    method: Method | StreamingMethod,
+    gramian: Tensor,
+    weights: Tensor,
+    scale: Tensor | None = None,
 ) -> None:
     """Combine segments of columns as one problem: the Gramian is additive over columns, the weights are shared.
 
@@ -63,14 +67,18 @@ def combine_segments(
         method: the rule from the summed Gramian to the weights, or the streaming method.
         gramian: (m, m) float64, overwritten with K, on the device where the method is to run.
         weights: (m,) float64, overwritten with c, on the same device; NaN by a streaming method, which has none.
+        scale: 0-d float64 there, by which the rows are larger than the gradients: K is the gradients', and so is c; the
+            output stays as much larger. None for 1.
     """
-    if len(segments) == 1:
+    if len(segments) == 1 and scale is None:
         rows, out = segments[0]
         combine_rows(_backend_of(rows, out), rows, method, out, gramian, weights)
         return
     gramian.zero_()
     for rows, out in segments:
         gramian += _backend_of(rows, out).gramian(rows).to(gramian.device)
+    if scale is not None:
+        gramian /= scale.square()
     if is_streaming(method):
         method.combine_rows([(_backend_of(rows, out), rows, out) for rows, out in segments])
         weights.fill_(torch.nan)
@@ -99,12 +107,15 @@ class Combination:
         names: the m losses' names; "0", "1" ... where they have none.
     """
 
-    def __init__(self, gramian: Tensor, weights: Tensor, rtol: float, losses: Losses | None = None) -> None:
+    def __init__(
+        self, gramian: Tensor, weights: Tensor, rtol: float, losses: Losses | None = None, absent: Sequence[int] = ()
+    ) -> None:
         self.gramian = gramian
         self.weights = weights
         self.rtol = rtol
         self._losses = Losses(len(weights)) if losses is None else losses
         self.names = self._losses.names
+        self.absent = tuple(absent)
 
     @cached_property
     def _directed(self) -> Tensor:

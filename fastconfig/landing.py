@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Generic, NamedTuple, TypeVar, cast
+from types import TracebackType
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
+from fastconfig.parameters import Made, columns_of, gradient_dtype, shaped_like
 from fastconfig.rows import Rows
-from fastconfig.validation import FLOAT_DTYPES, REAL_OF_COMPLEX
+from fastconfig.validation import REAL_OF_COMPLEX
 
 ROW_BYTES = 128
 """Rows lie multiples of this apart, a GPU's cache line: unaligned ones cannot be read 16 bytes at a time."""
 
+HOOKED_BYTES = 1 << 18
+"""From this size on a gradient is copied home as soon as autograd has it, and freed. Of smaller ones a call of Python
+costs more than the memory is worth: they wait for the end of the block, and one call copies them all."""
+
+TOLD_BYTES = 1 << 24
+"""From this size on it is said that a table with sparse gradients has dense rows."""
+
 
 class Segment:
     """A run of columns of one dtype on one device: the gradients of all parameters that share both.
+
+    Args:
+        parameters: of one dtype of their gradients, on one device.
+        count: k.
+        dtype: of the rows; by default that of the gradients.
 
     Attributes:
         rows: (k, n_segment), contiguous rows a multiple of ``ROW_BYTES`` apart, where gradients land. Complex
@@ -34,11 +47,12 @@ class Segment:
         n: the number of columns.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
+    def __init__(self, parameters: Sequence[Tensor], count: int, dtype: torch.dtype | None = None) -> None:
         first = parameters[0]
         self.parameters = tuple(parameters)
         self.device = first.device
-        self.dtype = REAL_OF_COMPLEX.get(first.dtype, first.dtype)
+        dtype = dtype or gradient_dtype(first)
+        self.dtype = REAL_OF_COMPLEX.get(dtype, dtype)
         *starts, self.n = accumulate(map(columns_of, parameters), initial=0)
         self.starts = tuple(starts)
         self.rows = aligned_rows(count, self.n, self.dtype, self.device)
@@ -71,21 +85,88 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-class _Recorded(NamedTuple):
-    """What a parameter was when the buffer was made: its storage must stay the one the views were shaped for."""
-
-    address: int
-    dtype: torch.dtype
-    device: torch.device
-    shape: torch.Size
-
-
 _BEING_RECORDED: set[int] = set()
 """The identities of parameters over which a buffer or optimizer records now; it keeps them alive meanwhile."""
 
 
+class Shown:
+    """Views that stand as ``p.grad``, one a parameter, each an alias: to repoint ``p.grad.data`` moves that alone.
+
+    An alias serves again and again as long as it lies where its view does; making one takes as long as ten questions.
+    """
+
+    def __init__(self, views: Sequence[Tensor]) -> None:
+        self.views = views
+        self._aliases = [view.detach() for view in views]
+        self._addresses = [view.data_ptr() for view in views]
+
+    def __getitem__(self, index: int) -> Tensor:
+        alias = self._aliases[index]
+        if alias.data_ptr() != self._addresses[index] or alias.requires_grad or alias.shape != self.views[index].shape:
+            alias = self._aliases[index] = self.views[index].detach()
+        return alias
+
+
+class _Plan(NamedTuple):
+    """What is to be done with one row where these parameters have a gradient and the others none."""
+
+    flags: tuple[bool, ...]
+    """Which have, a flag a parameter: the same object every time."""
+    reached: tuple[int, ...]
+    """Positions of those that have."""
+    views: list[Tensor]
+    """Where the gradients of those go, but of the hooked ones."""
+    plain: tuple[int, ...]
+    """Positions of these."""
+    hooked: tuple[int, ...]
+    """Positions of the hooked ones."""
+    gaps: list[Tensor]
+    """Runs of the row's columns of the parameters that have none, to be zero."""
+
+
+class _Row:
+    """One row, seen by parameter."""
+
+    def __init__(self, segments: Sequence[Segment], row: int, hooked: Sequence[bool]) -> None:
+        self._segments = segments
+        self._row = row
+        self._hooked = hooked
+        self._plans: dict[tuple[bool, ...], _Plan] = {}
+        self.shown = Shown([view for segment in segments for view in segment.views(segment.rows[row])])
+
+    def plan_for(self, flags: tuple[bool, ...]) -> _Plan:
+        """What to do where the parameters with a true flag have a gradient."""
+        plan = self._plans.get(flags)
+        if plan is None:
+            if len(self._plans) >= 64:  # as with a network that takes another way every time
+                self._plans.clear()
+            plan = self._plans[flags] = self._new_plan(flags)
+        return plan
+
+    def _new_plan(self, flags: tuple[bool, ...]) -> _Plan:
+        reached = tuple(i for i, has in enumerate(flags) if has)
+        plain = tuple(i for i in reached if not self._hooked[i])
+        hooked = tuple(i for i in reached if self._hooked[i])
+        return _Plan(flags, reached, [self.shown.views[i] for i in plain], plain, hooked, self._gaps(flags))
+
+    def _gaps(self, flags: tuple[bool, ...]) -> list[Tensor]:
+        gaps: list[Tensor] = []
+        given = iter(flags)
+        for segment in self._segments:
+            row, begin = segment.rows[self._row], 0
+            for start, parameter in zip(segment.starts, segment.parameters, strict=True):
+                end = start + columns_of(parameter)
+                if next(given):
+                    if begin < start:
+                        gaps.append(row[begin:start])
+                    begin = end
+            if begin < segment.n:
+                gaps.append(row[begin:])
+        return gaps
+
+
 class _Landing:
-    """Where gradients go while a row is recorded, and which parameters they were of.
+    """The hooks' side of recording: large gradients go home while the backward pass runs.
 
     Autograd hands a parameter's first gradient over as it computed it, and one copy takes it home: read and written
     once. Accumulating into a zeroed row would write it twice and read it twice. Further gradients are accumulated
@@ -93,40 +174,28 @@ class _Landing:
     """
 
     def __init__(self) -> None:
-        # Autograd itself says which parameters a backward pass reached; a view's content cannot (a gradient may be 0).
-        self.reached: set[int] = set()  # positions, as no compiler traces a set of tensors
-        self._views: list[Tensor] | None = None
-
-    def open(self, views: list[Tensor]) -> None:
-        """Let gradients land in these views, one a parameter."""
-        self.reached.clear()
-        self._views = views
-
-    def close(self) -> None:
-        """Leave gradients where autograd puts them."""
-        self._views = None
+        self.home: Shown | None = None
+        """Where to; None leaves gradients where autograd puts them."""
 
     def land(self, index: int, parameter: Tensor) -> None:
         """Bring home the gradient that autograd has just accumulated: a hook of the parameter."""
-        self.reached.add(index)
         grad = parameter.grad
-        if self._views is None or grad is None:
+        if self.home is None or grad is None or grad.layout is not torch.strided:
             return
-        view = self._views[index]
-        if grad.layout is torch.strided and grad.data_ptr() == view.data_ptr():
-            return  # accumulated into the row itself, by a second backward pass
-        if grad.layout is torch.strided:
+        view = self.home.views[index]
+        if grad.data_ptr() != view.data_ptr():  # else accumulated into the row itself, by a second backward pass
             view.copy_(grad.detach())
-        else:
-            view.zero_().add_(grad.detach())
-        parameter.grad = view.detach()  # an alias: `p.grad.data = …` then repoints that, not the buffer's own view
+            parameter.grad = self.home[index]
 
 
 Place = TypeVar("Place", bound=Segment)
 
 
 class GradientRows(Generic[Place]):
-    """k rows over parameters: while one is recorded, each gradient is copied into its place there, and freed.
+    """k rows over parameters: what a backward pass leaves in ``.grad`` while one is recorded is brought there.
+
+    What counts is whether ``.grad`` is there when the block ends, whoever put it there: autograd,
+    DistributedDataParallel for a parameter that only another rank used, or an assignment.
 
     Args:
         segments: the columns, in the order of the parameters.
@@ -137,50 +206,69 @@ class GradientRows(Generic[Place]):
         segments: as given.
         parameters: of all segments, in column order.
         addresses: where their memory was when this was made.
-        reached: for each row, the positions of the parameters that its backward passes reached.
+        reached: for each row, a flag a parameter: whether its gradient has a part in the row.
         recording: the call of the user's that records a row now, if any.
     """
 
     def __init__(self, segments: Sequence[Place], count: int, owner: str) -> None:
         self.segments = tuple(segments)
         self.parameters = tuple(parameter for segment in segments for parameter in segment.parameters)
-        self.reached: list[set[int]] = [set() for _ in range(count)]
+        self._nothing = (False,) * len(self.parameters)
+        self.reached: list[tuple[bool, ...]] = [self._nothing] * count
         self.recording: str | None = None
         self._owner = owner
-        self._made_for = tuple(_record(parameter, parameter.data_ptr()) for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self._views: list[list[Tensor] | None] = [None] * count
+        self._shapes = [parameter.shape for parameter in self.parameters]
+        self._dtypes = [parameter.dtype for parameter in self.parameters]
+        self._made_for = tuple(map(Made.of, self.parameters, self.addresses))
+        kinds = [segment.dtype for segment in segments for _ in segment.parameters]
+        self._shows = [
+            REAL_OF_COMPLEX.get(gradient_dtype(p), gradient_dtype(p)) == kind
+            for p, kind in zip(self.parameters, kinds, strict=True)
+        ]
+        # A parameter that is frozen, as one may be after refresh(), takes no hook, and needs none.
+        self._hooked = [
+            shows and p.requires_grad and p.numel() * p.element_size() >= HOOKED_BYTES
+            for p, shows in zip(self.parameters, self._shows, strict=True)
+        ]
+        self._rows: list[_Row | None] = [None] * count
         self._identities = frozenset(map(id, self.parameters))
+        self._before: list[Tensor | None] = []
         self._landing = _Landing()
+        self._told: set[int] = set()  # of which sparse parameters it was said that their rows are dense
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._landing.land, i))
             for i, parameter in enumerate(self.parameters)
+            if self._hooked[i]
         ]
         weakref.finalize(self, _remove_hooks, handles)
 
-    def views(self, row: int) -> list[Tensor]:
+    def shown(self, row: int) -> Shown:
         """A row seen as one tensor a parameter."""
-        views = self._views[row]
-        if views is None:
-            views = [view for segment in self.segments for view in segment.views(segment.rows[row])]
-            self._views[row] = views
-        return views
+        return self._row(row).shown
+
+    def overlaps(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether one of them has columns here."""
+        return not self._identities.isdisjoint(map(id, parameters))
+
+    def has(self, parameter: Tensor) -> bool:
+        """Whether it has columns here."""
+        return id(parameter) in self._identities
 
     def zero(self) -> None:
         """Set every row to zero and forget which parameters the rows' backward passes reached."""
         for segment in self.segments:
             segment.rows.zero_()
-        for reached in self.reached:
-            reached.clear()
+        self.reached[:] = [self._nothing] * len(self.reached)
 
-    @contextmanager
-    def record(self, row: int, call: str, shown: bool = False) -> Generator[None, None, None]:
-        """Let backward passes inside the ``with`` block write a row; ``GradientBuffer.record`` says how.
+    def forget(self, row: int) -> None:
+        """Set one row to zero, and forget which parameters it reached."""
+        for segment in self.segments:
+            segment.rows[row].zero_()
+        self.reached[row] = self._nothing
 
-        Args:
-            row: which.
-            call: the user's call, for errors.
-            shown: leave ``p.grad`` of the parameters that were reached as a view of the row, not what it was before.
+    def begin(self, call: str) -> None:
+        """Take every ``p.grad`` away and keep it until ``end``.
 
         Raises:
             RuntimeError: inside another ``record``, of this object or of one over some of the same parameters; or a
@@ -188,33 +276,64 @@ class GradientRows(Generic[Place]):
         """
         self.check_not_recording(call)
         self.check_parameters()
-        if not _BEING_RECORDED.isdisjoint(self._identities):
+        if _BEING_RECORDED and not _BEING_RECORDED.isdisjoint(self._identities):
             raise RuntimeError(
                 f"{call} was called while another buffer or optimizer over some of the same parameters records; leave "
                 "that `with` block first: a gradient can only go to one row"
             )
-        before = [parameter.grad for parameter in self.parameters]
+        self._before = [parameter.grad for parameter in self.parameters]
         self.recording = call
         _BEING_RECORDED.update(self._identities)
-        complete = False
-        try:
-            views = self.views(row)
-            for parameter in self.parameters:
-                parameter.grad = None
-            self._landing.open(views)
-            yield
-            self._collect(row, views)
-            complete = True
-        finally:
-            self.recording = None
-            _BEING_RECORDED.difference_update(self._identities)
-            self._landing.close()
-            kept = self.reached[row] if shown and complete else ()
-            for i, (parameter, grad) in enumerate(zip(self.parameters, before, strict=True)):
-                if i not in kept:
-                    parameter.grad = grad
-            if not complete:
-                self._forget(row)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def open(self, row: int, call: str, adds: bool) -> None:
+        """From here on gradients are of this row. They wait in ``p.grad`` where they are to be added to it."""
+        self.recording = call
+        self._landing.home = None if adds else self._row(row).shown
+
+    def close(self, row: int, adds: bool) -> None:
+        """Bring what ``p.grad`` holds into the row, or add it, and leave ``p.grad`` None.
+
+        Args:
+            row: which.
+            adds: add to what the row holds; else what has no gradient becomes zero.
+        """
+        self._landing.home = None
+        home = self._row(row)
+        grads = [parameter.grad for parameter in self.parameters]
+        flags = tuple([grad is not None for grad in grads])
+        plan = home.plan_for(flags)
+        for i in plan.reached:
+            self.parameters[i].grad = None
+        with torch.no_grad():
+            sources = self._dense([grads[i] for i in plan.plain], plan.plain)
+            if sources:
+                (torch._foreach_add_ if adds else torch._foreach_copy_)(plan.views, sources)
+            for i in plan.hooked:
+                self._bring(grads[i], home.shown.views[i], i, adds)
+            if not adds:
+                for gap in plan.gaps:
+                    gap.zero_()
+        self.reached[row] = _either(self.reached[row], flags) if adds else plan.flags
+
+    def end(self, shown: int | None = None) -> None:
+        """Give every ``p.grad`` back.
+
+        Args:
+            shown: a row whose parameters' ``p.grad`` shows it instead, where it may be of the row's dtype.
+        """
+        self._landing.home = None
+        self.recording = None
+        _BEING_RECORDED.difference_update(self._identities)
+        before, self._before = self._before, []
+        for parameter, grad in zip(self.parameters, before, strict=True):
+            parameter.grad = grad
+        if shown is not None:
+            views = self._row(shown).shown
+            for i, has in enumerate(self.reached[shown]):
+                if has and self._shows[i]:
+                    self.parameters[i].grad = views[i]
 
     def check_not_recording(self, call: str) -> None:
         """Raise RuntimeError inside ``record``."""
@@ -230,154 +349,114 @@ class GradientRows(Generic[Place]):
         if not compiling and self.lie_where_they_did():
             return
         for i, (parameter, made_for) in enumerate(zip(self.parameters, self._made_for, strict=True)):
-            if _record(parameter, made_for.address if compiling else parameter.data_ptr()) != made_for:
+            now = Made.of(parameter, made_for.address if compiling else parameter.data_ptr())
+            if now != made_for:
                 raise RuntimeError(
                     f"parameter {i} of the {self._owner}, shape {tuple(made_for.shape)}, had its storage replaced "
-                    f"after that was made (it was {made_for.dtype} on {made_for.device}, it is {parameter.dtype} on "
-                    f"{parameter.device}, shape {tuple(parameter.shape)}), as .to(), .half() or an assignment to .data "
-                    f"do; make a new {self._owner} after such a change"
+                    f"after that was made ({made_for.changes(now)}), as .to(), .half() or an assignment to .data do; "
+                    f"make a new {self._owner} after such a change"
                 )
 
     def lie_where_they_did(self) -> bool:
         """Whether every parameter's memory and shape are what they were: the quick question."""
-        return [parameter.data_ptr() for parameter in self.parameters] == self.addresses and all(
-            parameter.shape == made_for.shape and parameter.dtype == made_for.dtype
-            for parameter, made_for in zip(self.parameters, self._made_for, strict=True)
+        parameters = self.parameters
+        return (
+            [parameter.data_ptr() for parameter in parameters] == self.addresses
+            and [parameter.shape for parameter in parameters] == self._shapes
+            and [parameter.dtype for parameter in parameters] == self._dtypes
         )
 
-    def _collect(self, row: int, views: list[Tensor]) -> None:
-        """Note which parameters were reached; bring home a gradient that was put elsewhere than in its view."""
-        reached = set(self._landing.reached)
-        for i, (parameter, view) in enumerate(zip(self.parameters, views, strict=True)):
-            if parameter.grad is None:  # not reached, or discarded inside the block, by zero_grad for instance
-                view.zero_()
-                reached.discard(i)
-            elif parameter.grad.data_ptr() != view.data_ptr() or parameter.grad.stride() != view.stride():
-                view.copy_(parameter.grad.detach())
-                parameter.grad = view.detach()
-        self.reached[row] = reached
+    def _row(self, row: int) -> _Row:
+        found = self._rows[row]
+        if found is None:
+            found = self._rows[row] = _Row(self.segments, row, self._hooked)
+        return found
 
-    def _forget(self, row: int) -> None:
-        for segment in self.segments:
-            segment.rows[row].zero_()
-        self.reached[row] = set()
+    def _dense(self, grads: list[Tensor | None], positions: Sequence[int]) -> list[Tensor]:
+        """The gradients of parameters that have one, sparse ones made dense."""
+        return [
+            grad if grad.layout is torch.strided else self._densified(grad, i)
+            for grad, i in zip(grads, positions, strict=True)
+            if grad is not None
+        ]
+
+    def _bring(self, grad: Tensor | None, view: Tensor, index: int, adds: bool) -> None:
+        """Bring home a large gradient that is not there yet."""
+        if grad is None:
+            return
+        if grad.layout is not torch.strided:
+            grad = self._densified(grad, index)
+        if adds:
+            view.add_(grad)
+        elif grad.data_ptr() != view.data_ptr() or grad.stride() != view.stride():
+            view.copy_(grad)
+
+    def _densified(self, grad: Tensor, index: int) -> Tensor:
+        count, size = len(self.reached) + 1, columns_of(grad) * grad.element_size()
+        if index not in self._told and count * size >= TOLD_BYTES:
+            self._told.add(index)
+            warnings.warn(
+                f"parameter {index} of the {self._owner}, shape {tuple(grad.shape)}, has sparse gradients, and its "
+                f"rows are dense: {count} × {size / 2**20:,.0f} MiB. Leave such a table out of the {self._owner} where "
+                "that is too much",
+                stacklevel=5,
+            )
+        return grad.to_dense()
+
+
+class Recording:
+    """One ``with`` block in which backward passes write a row of ``GradientRows``.
+
+    Args:
+        rows: whose.
+        row: which.
+        call: the user's call, for errors.
+        adds: add to the row instead of beginning it anew.
+        shown: leave ``p.grad`` of the parameters that were reached as a view of the row, not what it was before.
+        done: called when the block has ended well, and with False when it raised.
+    """
+
+    __slots__ = ("_adds", "_call", "_done", "_row", "_rows", "_shown")
+
+    def __init__(
+        self,
+        rows: GradientRows[Place],
+        row: int,
+        call: str,
+        adds: bool,
+        shown: bool,
+        done: Callable[[bool], None],
+    ) -> None:
+        self._rows = rows
+        self._row = row
+        self._call = call
+        self._adds = adds
+        self._shown = shown
+        self._done = done
+
+    def __enter__(self) -> None:
+        self._rows.begin(self._call)
+        self._rows.open(self._row, self._call, self._adds)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        complete = False
+        try:
+            if kind is None:
+                self._rows.close(self._row, self._adds)
+                complete = True
+        finally:
+            self._rows.end(self._row if self._shown and complete else None)
+            if not complete:
+                self._rows.forget(self._row)
+            self._done(complete)
+
+
+def _either(some: tuple[bool, ...], others: tuple[bool, ...]) -> tuple[bool, ...]:
+    return tuple([a or b for a, b in zip(some, others, strict=True)])
 
 
 def _remove_hooks(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _record(parameter: Tensor, address: int) -> _Recorded:
-    return _Recorded(address, parameter.dtype, parameter.device, parameter.shape)
-
-
-def with_names(
-    parameters: Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
-) -> tuple[Iterable[Tensor], dict[int, str] | None]:
-    """The parameters of a module, of pairs or as they are, unchecked; and their names by identity, where they have any.
-
-    Raises:
-        ValueError: two of one name.
-    """
-    if isinstance(parameters, Module):
-        parameters = parameters.named_parameters()
-    elif isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
-        return parameters, None
-    given = list(parameters)
-    pairs = [item for item in given if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)]
-    if not pairs or len(pairs) < len(given):
-        return cast("list[Tensor]", given), None
-    owners: dict[str, int] = {}
-    for name, parameter in pairs:
-        if owners.setdefault(name, id(parameter)) != id(parameter):
-            raise ValueError(
-                f"parameters must have a name each, got {name!r} for two; prefix those of a second model, as "
-                "model.named_parameters(prefix='head') does"
-            )
-    names: dict[int, str] = {}
-    for name, identity in owners.items():
-        names.setdefault(identity, name)
-    return [parameter for _, parameter in pairs], names
-
-
-def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The distinct parameters that need a gradient, checked.
-
-    Raises:
-        TypeError: not dense floating-point or complex tensors.
-        ValueError: none that needs a gradient; a non-leaf or uninitialised one.
-    """
-    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
-        raise TypeError(
-            f"parameters must be an iterable of tensors, got one {type(parameters).__name__}; pass model.parameters()"
-        )
-    distinct: dict[int, Tensor] = {}
-    for i, parameter in enumerate(parameters):
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters[{i}] must be a tensor, got {type(parameter).__name__}")
-        if not parameter.requires_grad:
-            continue
-        if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(f"parameters[{i}] is not initialised yet; run the model once first")
-        if not parameter.is_leaf:
-            raise ValueError(
-                f"parameters[{i}] is not a leaf: it has no .grad of its own; pass the parameter it is from"
-            )
-        if parameter.layout is not torch.strided or parameter.dtype not in (*FLOAT_DTYPES, *REAL_OF_COMPLEX):
-            raise TypeError(
-                f"parameters[{i}] must be a dense float32, float64, bfloat16, float16 or complex tensor, got "
-                f"{parameter.dtype}, layout {parameter.layout}"
-            )
-        distinct.setdefault(id(parameter), parameter)
-    if not distinct:
-        raise ValueError("there are no parameters to train: none was given that requires a gradient")
-    return list(distinct.values())
-
-
-def trained_in(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Those that require a gradient."""
-    return [parameter for parameter in parameters if parameter.requires_grad]
-
-
-def by_kind(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The parameters grouped by device and dtype, in order of first appearance."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter in parameters:
-        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    return list(groups.values())
-
-
-def columns_of(parameter: Tensor) -> int:
-    """How many columns a parameter takes: its elements, two for a complex one."""
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
-
-
-def shaped_like(parameter: Tensor, flat: Tensor) -> Tensor:
-    """``flat`` (..., columns) with the parameter's shape last, and its strides where they are dense.
-
-    So optimizers take their fast path, and what lies in memory in one order is added up in one order.
-    """
-    if parameter.is_complex():
-        flat = torch.view_as_complex(flat.unflatten(-1, (-1, 2)))
-    leading = flat.dim() - 1
-    return flat.as_strided(
-        (*flat.shape[:leading], *parameter.shape), (*flat.stride()[:leading], *_dense_strides(parameter))
-    )
-
-
-def is_dense(parameter: Tensor) -> bool:
-    """Whether a parameter's elements fill a run of memory, in any order of its dimensions."""
-    strides = zip(parameter.shape, parameter.stride(), _dense_strides(parameter), strict=True)
-    return parameter.numel() == 0 or all(size == 1 or ours == dense for size, ours, dense in strides)
-
-
-def memory_of(parameter: Tensor) -> Tensor:
-    """The memory of a dense parameter as a (columns,) real vector, in the order of its columns in a segment."""
-    flat = parameter.detach().as_strided((parameter.numel(),), (1,))
-    return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
-
-
-def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
-    """The parameter's strides where they are dense and do not overlap, else those that it would have if they were."""
-    return torch.empty_like(parameter, device="meta").stride()

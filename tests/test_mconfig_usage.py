@@ -496,12 +496,13 @@ def test_a_step_that_no_backward_pass_reached_is_refused(backend, recorded):
     with pytest.raises(RuntimeError, match="no backward pass inside record reached a parameter"):
         optimizer.step()
     optimizer.zero_grad()
-    for loss in (0, 1):  # one that reaches nothing beside one that does is a zero gradient
+    for loss in (0, 1):  # one that reaches nothing beside one that does is absent, and takes no part
         with optimizer.record(loss):
             if loss:
                 parameters[0].sum().backward()
     optimizer.step()
     assert optimizer.combination.norms.tolist() == [0.0, 3**0.5]
+    assert optimizer.state_dict()["shared"]["counts"].tolist() == [0.0, 1.0]
 
 
 class OwnConFIG(fc.ConFIG):

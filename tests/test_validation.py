@@ -334,7 +334,12 @@ BAD_BUFFERS = {
     "no parameters at all": (None, 2, TypeError, ("parameters", "NoneType", "model.parameters()")),
     "a module without": (torch.nn.Tanh(), 2, ValueError, ("no parameters", "requires a gradient")),
     "modules": ([torch.nn.Linear(1, 1)], 2, TypeError, ("parameters[0]", "Linear")),
-    "some named": ([("weight", WEIGHT), WEIGHT], 2, TypeError, ("parameters[0]", "tuple")),
+    "some named": (
+        [("weight", WEIGHT), WEIGHT],
+        2,
+        TypeError,
+        ("parameters[1]", "Parameter", "give every parameter a name"),
+    ),
     "two of one name": (
         [("weight", WEIGHT), ("weight", torch.nn.Parameter(torch.ones(2)))],
         2,
@@ -360,8 +365,8 @@ def test_bad_buffers(name):
 BAD_LOSSES = {
     "one": (lambda good: good[:1], ValueError, ("losses", "2 losses", "got 1")),
     "three": (lambda good: [*good, good[0]], ValueError, ("losses", "2 losses", "got 3")),
-    "stacked": (torch.stack, TypeError, ("losses", "sequence of 2", "Tensor")),
-    "generator": (iter, TypeError, ("losses", "sequence of 2", "iterator")),
+    "stacked": (torch.stack, TypeError, ("losses", "sequence or a dict of 2", "Tensor")),
+    "generator": (iter, TypeError, ("losses", "sequence or a dict of 2", "iterator")),
     "detached": (
         lambda good: [good[0], good[1].detach()],
         ValueError,
@@ -369,7 +374,7 @@ BAD_LOSSES = {
     ),
     "several elements": (lambda good: [good[0], good[1].repeat(3)], ValueError, ("losses[1]", "(3,)", ".mean()")),
     "no element": (lambda good: [good[0], good[1].repeat(3)[:0]], ValueError, ("losses[1]", "(0,)", ".mean()")),
-    "number": (lambda good: [good[0], 1.0], TypeError, ("losses[1]", "tensor or a callable", "1.0")),
+    "number": (lambda good: [good[0], 1.0], TypeError, ("losses[1]", "must be a tensor, a callable", "1.0")),
 }
 
 

@@ -188,7 +188,7 @@ class MConFIGTrainer(Trainer):
         return MConFIG(self.network.parameters(), lr=_PEAK_RATE, num_losses=LOSS_NAMES)
 
     def _step(self) -> None:
-        index = self._optimizer.next_loss()
+        index = int(self._optimizer.next_loss())
         with self._optimizer.record(index), self._backpropagating():
             loss = self.problem.loss(self.network, index)
             loss.backward()

@@ -48,7 +48,14 @@ __all__ = [
     "UPGrad",
     "check_weights_of",
     "is_streaming",
+    "method_of",
 ]
 
 DEFAULT_METHOD = ConFIG()
 """What combines where no method is named."""
+
+
+def method_of(method, num_losses):
+    from fastconfig.methods.catalogue import CATALOGUE
+
+    return CATALOGUE[method].make(num_losses)

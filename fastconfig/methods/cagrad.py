@@ -128,6 +128,14 @@ class CAGrad(StatefulMethod):
         """Where every row of a buffer is of this step."""
         return self._fast is None and type(self).weights is CAGrad.weights
 
+    @property
+    def recorded_rows(self) -> frozenset[int] | None:
+        """With ``fast``, the rows that the next combination is of; None for all."""
+        preferences = self._rule.preferences
+        if self._fast is None or preferences is None:
+            return None
+        return frozenset(i for i, preference in enumerate(preferences) if preference > 0)
+
     def weights(self, gramian: Tensor) -> Tensor:
         """As every method's; with ``fast`` of the rows of this step alone, whatever the others hold."""
         preferences = self._rule.preferences

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastconfig import landing
 from fastconfig.methods import ConFIG, GramianMethod, Method, check_weights_of
+from fastconfig.parameters import is_dense
 
 
 def check_count(name: str, value: int) -> None:
@@ -63,12 +63,7 @@ def _check_number(name: str, value: object) -> None:
 
 def check_parameter(parameter: Tensor, index: int) -> None:
     """Raise ValueError where a step could not write to a parameter's memory in order."""
-    if parameter.device.type == "meta":
-        raise ValueError(
-            f"parameter {index}, shape {tuple(parameter.shape)}, is on the meta device and has no memory; make the "
-            "optimizer after model.to_empty(device=...) and the initialisation"
-        )
-    if not landing.is_dense(parameter):
+    if not is_dense(parameter):
         raise ValueError(
             f"parameter {index}, shape {tuple(parameter.shape)}, has strides {parameter.stride()} that leave gaps or "
             "overlap; make it contiguous first"

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Module
+from torch.optim.optimizer import Optimizer
 
-from fastconfig import backends, landing
-from fastconfig.backends.momentum import Segment, segment_on
+from fastconfig import backends, landing, step_hook
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination
-from fastconfig.landing import GradientRows
+from fastconfig.landing import Recording
 from fastconfig.losses import Losses
-from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful
-from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
+from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful, method_of
+from fastconfig.moments import Group, Ledger, StepRule
 from fastconfig.momentum import combination_of, take_step
+from fastconfig.optim.averages import Averages
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
 from fastconfig.optim.selection import LossSelector, Selection
 from fastconfig.optim.state import copy_state, packed_state
+from fastconfig.parameters import Source, Watch, trained
+from fastconfig.rows import Rows
 
-Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-_NONE: tuple[int, list[bool]] = (-1, [])
-"""No step's parameters."""
+Parameters = Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class _Place(NamedTuple):
-    """Where a parameter's columns are."""
-
-    segment: int
-    first: int
-    group: int
-    memory: Tensor
-    """(columns,) the parameter's own memory, real."""
-
-
-class MConFIG(torch.optim.Optimizer):
+class MConFIG(Optimizer):
     """Momentum ConFIG: each step backpropagates some of the losses, and combines the moving averages of all.
 
     A step costs one backward pass or a few instead of m. Each loss's gradient enters its own average; a method, ConFIG,
@@ -53,17 +42,19 @@ class MConFIG(torch.optim.Optimizer):
     formulas.
 
     Args:
-        params: parameters, or dicts of parameter groups with ``lr``, ``weight_decay``, ``eps`` or ``maximize`` of their
-            own. float32, float64, bfloat16, float16 or complex. Those that need no gradient now are left out for good;
-            those that need none later rest until they do again. One that no loss has reached is left alone; one that is
-            first reached late starts under the counters of the others, which makes its first updates larger.
+        params: a module, or parameters, or dicts of parameter groups with ``lr``, ``weight_decay``, ``eps`` or
+            ``maximize`` of their own. float32, float64, bfloat16, float16 or complex. Those that need no gradient now
+            are left out until ``refresh``; those that need none later rest until they do again. One that no loss has
+            reached is left alone; one that is first reached late starts under the counters of the others, which makes
+            its first updates larger. Only of a module is it noticed that a layer was replaced or added.
         lr: learning rate, a number or a tensor of one element.
         num_losses: m; or m names of the losses, for ``record`` and for errors, tables and pictures.
         betas: β₁ of the averages and β₂ of the second moment, in [0, 1). All groups share them.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
-        method: what combines the averages; ``ConFIG()`` by default. With ``nonfinite="raise"`` a gradient that is not
-            finite raises FloatingPointError, which waits for an accelerator; else the step is left out and counted.
+        method: what combines the averages, or its name, as ``fastconfig methods`` lists them; ``ConFIG()`` by default.
+            With ``nonfinite="raise"`` a gradient that is not finite raises FloatingPointError, which waits for an
+            accelerator; else the step is left out and counted.
         losses_per_step: k, how many losses a step may record.
         selection: in which order ``next_loss`` goes: ``"ordered"``, ``"random"``, m weights, or a function that gives
             them, see ``optim.Selection``.
@@ -82,6 +73,10 @@ class MConFIG(torch.optim.Optimizer):
         TypeError, ValueError: an argument that cannot be; the message names it, its value and the remedy.
 
     Memory: m + 1 vectors of the state's dtype, beside k rows for the gradients, which are what ``p.grad`` then shows.
+    Rows and averages are dense, also of a table whose gradients are sparse.
+
+    A loss without labels in this batch is not recorded, or by a block without a backward pass, which is the same: its
+    average and its counters stay. ``next_loss(present)`` draws among the others.
 
     Example:
         >>> import torch, fastconfig as fc
@@ -110,7 +105,7 @@ class MConFIG(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        method: Method | None = None,
+        method: Method | str | None = None,
         losses_per_step: int = 1,
         selection: Selection = "ordered",
         generator: torch.Generator | None = None,
@@ -134,6 +129,7 @@ class MConFIG(torch.optim.Optimizer):
                 "hold moving averages"
             )
         self._losses_per_step = losses_per_step
+        method = method_of(method, m) if isinstance(method, str) else method
         self._method = DEFAULT_METHOD if method is None else checked_method(method, m)
         self._max_norm = checked_norm("max_norm", max_norm)
         self._max_update_norm = checked_norm("max_update_norm", max_update_norm)
@@ -141,11 +137,18 @@ class MConFIG(torch.optim.Optimizer):
         self._backend = backend
         self._selector = LossSelector(selection, m, losses_per_step, generator)
         self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
+        self._calls = [f"record({self._losses.argument(i)})" for i in range(m)]
+        self._recorded: list[int] = []  # the losses, in the order of their rows
+        self._unreached: list[int] = []  # those of a block without a gradient
+        self._failed = False  # whether a step by them raised
+        self._seen: set[int] = set()  # losses of all steps
+        self._rule_of: tuple[list[tuple[object, ...]], StepRule] | None = None
         self._built = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         check_group(defaults)
-        super().__init__(params, defaults)
-        self._build()
+        module = params if isinstance(params, Module) else None
+        super().__init__(params.parameters() if isinstance(params, Module) else params, defaults)
+        self._build(module)
 
     @property
     def num_losses(self) -> int:
@@ -172,61 +175,72 @@ class MConFIG(torch.optim.Optimizer):
         """How many steps changed nothing because a gradient was not finite. Reading it waits for the device."""
         return int(self._ledger.totals[1])
 
-    def next_loss(self) -> int:
-        """The loss to record next, by ``selection``. Those drawn for one step are distinct."""
-        return self._selector.next()
+    def next_loss(self, present: Collection[int | str] | None = None) -> int | str:
+        """The loss to record next, by ``selection``: its number, or its name where the losses have names.
 
-    def next_losses(self) -> tuple[int, ...]:
-        """The ``losses_per_step`` losses to record in the next step, each in a ``record`` of its own."""
-        return tuple(self._selector.next() for _ in range(self._losses_per_step))
-
-    @contextmanager
-    def record(self, loss: int | str) -> Generator[None, None, None]:
-        """Take what is backpropagated inside the ``with`` block as the gradient of ``loss`` for the next ``step``.
-
-        Several backward passes in one block add up, as micro-batches do. Each ``p.grad`` is None inside the block until
-        a backward pass reaches it. After the block it shows the gradient, in the memory from which ``step`` takes it,
-        so what changes ``p.grad`` in place changes the step; where several losses are recorded, the last one that
-        reached the parameter. To take another tensor for ``p.grad`` changes nothing; ``zero_grad`` of this optimizer
-        forgets what was recorded. Parameters of no group accumulate ``.grad`` as usual. If the block raises, nothing
-        was recorded.
+        Those drawn for one step are distinct.
 
         Args:
-            loss: 0 to m - 1, or its name.
+            present: the losses that have labels in this batch, by number or name; None for all.
 
         Raises:
             TypeError, IndexError: no such loss.
-            ValueError: the loss was already recorded for this step, or ``losses_per_step`` losses were.
-            RuntimeError: inside another ``record`` over some of the same parameters, or a parameter is no longer the
-                one that the optimizer was made for.
+            ValueError: there is none left to draw among them.
         """
-        loss = self._losses.index(loss)
-        call = f"record({self._losses.argument(loss)})"
-        if loss in self._recorded:
+        among = None if present is None else {self._losses.index(loss) for loss in present}
+        loss = self._selector.next(among)
+        return self._losses.names[loss] if self._losses.named else loss
+
+    def next_losses(self) -> tuple[int | str, ...]:
+        """The ``losses_per_step`` losses to record in the next step, each in a ``record`` of its own."""
+        return tuple(self.next_loss() for _ in range(self._losses_per_step))
+
+    def record(self, loss: int | str, *, accumulate: bool = False) -> Recording:
+        """Take what is backpropagated inside the ``with`` block as the gradient of ``loss`` for the next ``step``.
+
+        Several backward passes in one block add up. What counts is what each ``p.grad`` holds when the block ends,
+        whoever put it there. It is None inside the block until then. After the block it shows the gradient, in the
+        memory from which ``step`` takes it, so what changes ``p.grad`` in place changes the step; where several losses
+        are recorded, the last one that reached the parameter. To take another tensor for ``p.grad`` changes nothing;
+        ``zero_grad`` of this optimizer forgets what was recorded. Parameters of no group accumulate ``.grad`` as usual.
+        If the block raises, nothing was recorded.
+
+        Args:
+            loss: 0 to m - 1, or its name.
+            accumulate: add to what was recorded of the loss for this step, as for micro-batches, whose losses are to be
+                divided by their number. ``step`` ends the accumulation, so True may be said in every call of a loop.
+                The block's gradients stay in ``p.grad`` until it ends, n elements more. If the block raises, the
+                gradients of the whole step are forgotten.
+
+        Raises:
+            TypeError, IndexError: no such loss.
+            ValueError: the loss was already recorded for this step and ``accumulate`` is False, or ``losses_per_step``
+                other losses were.
+            RuntimeError: entered inside another ``record`` over some of the same parameters, or a parameter is no
+                longer the one that the optimizer was made for.
+        """
+        index = self._losses.index(loss)
+        call = self._calls[index]
+        if self._failed:  # the user goes on with another batch
+            self._forget()
+        adds = index in self._recorded
+        if adds and not accumulate:
             raise ValueError(
-                f"{self._losses.label(loss)} was already recorded for this step; call all its backward passes inside "
-                "one record, or step() in between"
+                f"{self._losses.label(index)} was already recorded for this step; say accumulate=True to add up "
+                "micro-batches, or step() in between"
             )
-        slot = len(self._recorded)
+        slot = self._recorded.index(index) if adds else len(self._recorded)
         if slot == self._losses_per_step:
             raise ValueError(
                 f"{call} would make {slot + 1} losses in this step, more than losses_per_step={slot}; call "
                 "step() first, or make the optimizer with a larger losses_per_step"
             )
-        with self._rows.record(slot, call, shown=True):
-            yield
-        self._recorded.append(loss)
-        if slot > 0:
-            self._carry_nonfinite(slot)
-        elif len(self._rows.reached[0]) < len(self._rows.parameters):
-            for i, parameter in enumerate(self._rows.parameters):
-                if i not in self._rows.reached[0]:
-                    parameter.grad = None  # it showed a step that is over
+        return Recording(self._rows, slot, call, adds, True, partial(self._after_record, index, slot, adds))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget what was recorded for the next step, and reset every ``p.grad`` as any optimizer does."""
         self._rows.check_not_recording("zero_grad")
-        self._recorded.clear()
+        self._forget()
         super().zero_grad(set_to_none)
 
     @overload
@@ -242,30 +256,44 @@ class MConFIG(torch.optim.Optimizer):
             closure: records and backpropagates, and returns a loss, which is returned.
 
         Raises:
-            RuntimeError: nothing was recorded since the last step, or no backward pass reached a parameter; inside
-                ``record``; a parameter is no longer the one that the optimizer was made for; a GradScaler's
-                ``unscale_`` reached only one of several gradients.
+            RuntimeError: nothing was recorded since the last step, or of a loss no backward pass reached a parameter;
+                inside ``record``; a parameter is no longer the one that the optimizer was made for, or one requires a
+                gradient that did not then (``refresh`` takes it in); a GradScaler's ``unscale_`` reached only one of
+                several gradients.
             ValueError: parameter groups of different betas.
             FloatingPointError: a gradient is not finite and the method raises on it. The gradients are forgotten.
-            Nothing has been written then.
+
+        Nothing has been written then. ``step`` may be called again, by the same gradients, where what it complained of
+        can be mended; or training goes on with the next ``record``, which forgets them.
         """
         if is_dynamo_compiling():
             # By addresses, which no graph can hold.
             eager: Callable[[Callable[[], float] | None], float | None] = torch.compiler.disable(self._step)
             return eager(closure)
+        if torch.autograd._profiler_enabled() or self._has_hooks():  # type: ignore[attr-defined]
+            return _STEP_WITH_HOOKS(self, closure)
         return self._step(closure)
+
+    def _has_hooks(self) -> bool:
+        """Whether torch is to call somebody before or after ``step``; where a subclass has its own, torch does it."""
+        return type(self).step is MConFIG.step and (
+            bool(self._optimizer_step_pre_hooks)
+            or bool(self._optimizer_step_post_hooks)
+            or step_hook.is_watched_by_others()
+        )
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
         result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-        self._rows.check_not_recording("step")
         try:
+            if closure is not None:
+                with torch.enable_grad():
+                    result = closure()
+            self._rows.check_not_recording("step")
             self._step_by_recorded()
         except Exception as error:
+            self._failed = True
             if isinstance(error, FloatingPointError):
-                self._recorded.clear()
+                self._forget()
             # A GradScaler removes what it set only once step has returned, and multiplies its next scale by it.
             vars(self).pop("grad_scale", None)
             vars(self).pop("found_inf", None)
@@ -273,48 +301,112 @@ class MConFIG(torch.optim.Optimizer):
         return result
 
     def _step_by_recorded(self) -> None:
-        if not self._recorded:
-            raise RuntimeError(
-                "step found no gradient: nothing was recorded since the last step. Call backward() inside "
-                "`with optimizer.record(loss):` first"
-            )
-        if not any(self._rows.reached[: len(self._recorded)]):
-            raise RuntimeError(
-                "step found no gradient: no backward pass inside record reached a parameter, for "
-                f"{', '.join(map(self._losses.label, self._recorded))}; if the model's parameters were replaced, make "
-                "a new MConFIG"
-            )
+        losses = tuple(self._recorded)
+        self._check_recorded(losses)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and grad_scale is None and len(self._recorded) > 1:
+        if found_inf is not None and grad_scale is None and len(losses) > 1:
             raise RuntimeError(
                 "scaler.unscale_(optimizer) divided only the last of several recorded gradients by the scale; leave it "
                 "out, as step unscales by itself, and clip by max_norm="
             )
-        losses, rule = tuple(self._recorded), self._rule()
-        newly_reached = set().union(*self._rows.reached[: len(losses)]) - self._ever_reached
-        left_out = self.steps_left_out if newly_reached else 0
+        rule, averages = self._rule(), self._averages
+        new = averages.newly_reached(len(losses))
+        left_out = self.steps_left_out if new else 0
+        averages.bring_values()
         try:
             take_step(
-                self._active_segments(losses),
+                averages.active(losses, new, self.state),
                 self._ledger,
                 rule,
                 self._method,
-                all_seen=len(self._seen.union(losses)) == self._num_losses,
+                all_seen=len(self._seen) == self._num_losses or len(self._seen.union(losses)) == self._num_losses,
                 backend=self._backend,
                 grad_scale=grad_scale,
                 found_inf=found_inf if isinstance(found_inf, Tensor) else None,  # 0 where no parameter has a gradient
             )
         except Exception as error:
-            self._unreach(newly_reached)
+            averages.unreach(new, self.state)
             if isinstance(error, NonFiniteError):
                 raise self._losses.with_name(error) from None
             raise
-        if newly_reached and self.steps_left_out > left_out:  # seldom asked, as it waits for the device
-            self._unreach(newly_reached)
+        averages.return_values()
+        if new and self.steps_left_out > left_out:  # seldom asked, as it waits for the device
+            averages.unreach(new, self.state)
         self._seen.update(losses)
-        self._recorded.clear()
+        self._forget()
         self._last_beta1 = rule.beta1
-        landing.mark_written(self._rows.parameters)
+        landing.mark_written(averages.parameters)
+
+    def _check_recorded(self, losses: tuple[int, ...]) -> None:
+        """RuntimeError unless there is a gradient for each loss, over parameters that are where they were."""
+        if self._unreached and not losses:
+            raise RuntimeError(
+                "step found no gradient: no backward pass inside record reached a parameter, for "
+                f"{', '.join(map(self._losses.label, self._unreached))}; if the model's parameters were replaced, make "
+                "a new MConFIG, and if the batch has no labels for it, leave step() out"
+            )
+        if not losses:
+            raise RuntimeError(
+                "step found no gradient: nothing was recorded since the last step. Call backward() inside "
+                "`with optimizer.record(loss):` first"
+            )
+        rows = self._rows
+        if [parameter.data_ptr() for parameter in rows.parameters] != rows.addresses:
+            rows.check_parameters()  # which says what is wrong
+        self._watch.check("step")
+
+    def _after_record(self, loss: int, slot: int, adds: bool, complete: bool) -> None:
+        """A block of ``record`` has ended."""
+        if not complete:
+            if adds:
+                self._forget()
+            return
+        if not adds:
+            reached = any(self._rows.reached[slot])
+            (self._recorded if reached else self._unreached).append(loss)
+            if slot == 0 and not all(self._rows.reached[0]):
+                for parameter, has in zip(self._rows.parameters, self._rows.reached[0], strict=True):
+                    if not has:
+                        parameter.grad = None  # it showed a step that is over
+        if len(self._recorded) > 1:
+            self._averages.carry_nonfinite(slot, len(self._recorded))
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._unreached.clear()
+        self._failed = False
+
+    def refresh(self) -> None:
+        """Take in parameters that need a gradient now and did not before, or, where a module was given, are new in it.
+
+        Averages and second moments of the others are kept; those of parameters that the module no longer has are gone.
+        What is new starts at zero under the counters of the others, as a parameter that is first reached late does, so
+        its first updates are larger; make a new optimizer where that matters. What was recorded for the next step is
+        forgotten. A new parameter of a module joins the first group.
+
+        Raises:
+            RuntimeError: inside ``record``.
+            TypeError, ValueError: a parameter that cannot be trained; nothing has changed.
+        """
+        self._rows.check_not_recording("refresh")
+        older, old_state = self._averages, dict(self.state)
+        groups = [list(group["params"]) for group in self.param_groups]
+        if self._source.module is not None:
+            elsewhere = {id(parameter) for group in groups[1:] for parameter in group}
+            groups[0] = [p for p in dict.fromkeys(self._source.now()[0]) if id(p) not in elsewhere]
+        averages = self._averages_over(groups, {id(parameter) for parameter in older.parameters})
+        for group, members in zip(self.param_groups, groups, strict=True):
+            group["params"] = members
+        self.state.clear()
+        averages.take_over(older, old_state, self.state)
+        self._watch_over(averages)
+        self._forget()
+        self._ledger.gramian.zero_()
+        for first, _ in averages.moments:
+            rows = Rows(len(first), first.shape[1], first.dtype, first.device, first, ())
+            self._ledger.gramian.add_(
+                backends.select(first.device, self._backend).gramian(rows).to(self._ledger.gramian)
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, before the first ``record``.
@@ -337,7 +429,7 @@ class MConFIG(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
-            self._build()
+            self._build(self._source.module)
         except Exception:
             self.param_groups.pop()
             raise
@@ -369,22 +461,18 @@ class MConFIG(torch.optim.Optimizer):
                 changed.
         """
         self._rows.check_not_recording("load_state_dict")
-        packed = packed_state(state_dict, self.param_groups, self._rows.parameters, self._num_losses)
+        averages = self._averages
+        packed = packed_state(state_dict, self.param_groups, averages.parameters, self._num_losses)
         if isinstance(self._method, Stateful) and packed.shared["method"] is not None:
             self._method.load_state_dict(packed.shared["method"])
         super().load_state_dict({**state_dict, "state": {}})
-        self._recorded.clear()
+        self._forget()
         self._last_beta1 = None
-        for i, place in enumerate(self._places):
-            # What the checkpoint holds may be the optimizer's own memory, as in load_state_dict(state_dict()).
-            if i not in packed.parameters:
-                for average in self._moments[place.segment]:
-                    average[..., place.first : place.first + len(place.memory)].zero_()
-        self._active_for = _NONE
-        self._ever_reached.clear()
-        self._ever_reached.update(packed.parameters)
-        self._describe_state()
-        copy_state(packed, self.state, self._rows.parameters, self._ledger)
+        # What the checkpoint holds may be the optimizer's own memory, as in load_state_dict(state_dict()).
+        averages.zero(i for i in range(len(averages.parameters)) if i not in packed.parameters)
+        averages.unreach(averages.reached(), self.state)
+        averages.reach(sorted(packed.parameters), self.state)
+        copy_state(packed, self.state, averages.parameters, self._ledger)
         self._seen.clear()
         self._seen.update(i for i, count in enumerate(packed.shared["counts"].tolist()) if count > 0)
         self._selector.load(packed.shared["selection"])
@@ -393,41 +481,36 @@ class MConFIG(torch.optim.Optimizer):
         """Refuse: a copy of the averages would step the parameters of the original."""
         raise TypeError("MConFIG cannot be pickled or copied; make a new one, and load_state_dict(old.state_dict())")
 
-    def _build(self) -> None:
+    def _build(self, module: Module | None) -> None:
         """Rows, averages and the m×m numbers for the parameters of all groups, in the order of the groups."""
-        groups = [landing.trained_in(group["params"]) for group in self.param_groups]
-        group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group}
-        trained = landing.trained(parameter for group in groups for parameter in group)
-        for i, parameter in enumerate(trained):
-            check_parameter(parameter, i)
-        count = self._losses_per_step
-        segments = [landing.Segment(kind, count) for kind in landing.by_kind(trained)]
-        for segment in segments:
-            backends.select(segment.device, self._backend)  # now, not in the first step, is the time to complain
-        self._moments = [self._moments_of(segment) for segment in segments]
-        self._rows = GradientRows(segments, count, "MConFIG")
-        self._places = [
-            _Place(s, first, group_of[id(parameter)], landing.memory_of(parameter))
-            for s, segment in enumerate(segments)
-            for parameter, first in zip(segment.parameters, segment.starts, strict=True)
-        ]
-        self._gradients = [segment.rows.unbind() for segment in segments]
-        self._ledger = Ledger.zeros(self._num_losses, segments[0].device)
-        self._recorded: list[int] = []
-        self._seen: set[int] = set()  # losses recorded so far
-        self._ever_reached: set[int] = set()  # positions of parameters
-        self._active: list[Segment] = []
-        self._active_for = _NONE  # how many were reached, which need a gradient
+        groups = [group["params"] for group in self.param_groups]
+        averages = self._averages_over(groups, ())
+        self._source = Source(module if module is not None else [p for group in groups for p in group])
+        self._watch_over(averages)
+        self._ledger = Ledger.zeros(self._num_losses, averages.rows.segments[0].device)
         self._built = True
 
-    def _moments_of(self, segment: landing.Segment) -> Moments:
-        dtype = self._state_dtype or (torch.float64 if segment.dtype == torch.float64 else torch.float32)
-        if dtype.itemsize < segment.dtype.itemsize:
-            raise ValueError(f"state_dtype must be no narrower than the parameters' {segment.dtype}, got {dtype}")
-        first = landing.aligned_rows(self._num_losses, segment.n, dtype, segment.device)
-        return Moments(first, landing.aligned_rows(1, segment.n, dtype, segment.device)[0])
+    def _averages_over(self, groups: Sequence[Sequence[Tensor]], kept: Collection[int]) -> Averages:
+        """Averages for those that need a gradient, and for those to be kept though they need none now."""
+        for i, parameter in enumerate(trained(parameter for group in groups for parameter in group)):
+            check_parameter(parameter, i)
+        wanted = [[p for p in group if p.requires_grad or id(p) in kept] for group in groups]
+        return Averages(wanted, self._num_losses, self._losses_per_step, self._state_dtype, self._backend)
+
+    def _watch_over(self, averages: Averages) -> None:
+        self._averages, self._rows = averages, averages.rows
+        self._source.read_again()
+        self._watch = Watch(self._source, averages.parameters, "MConFIG")
 
     def _rule(self) -> StepRule:
+        """The groups' numbers, the same object as long as they stay; what a tensor holds is not known here."""
+        numbers: list[tuple[object, ...]] = [
+            (group["lr"], group["weight_decay"], group["eps"], group["maximize"], *group["betas"])
+            for group in self.param_groups
+        ]
+        known = self._rule_of
+        if known is not None and known[0] == numbers:
+            return known[1]
         betas = self.param_groups[0]["betas"]
         for i, group in enumerate(self.param_groups):
             if tuple(group["betas"]) != tuple(betas):
@@ -435,67 +518,13 @@ class MConFIG(torch.optim.Optimizer):
         groups = tuple(
             Group(group["lr"], group["weight_decay"], group["eps"], group["maximize"]) for group in self.param_groups
         )
-        return StepRule(betas[0], betas[1], groups, self._max_norm, self._max_update_norm)
+        rule = StepRule(betas[0], betas[1], groups, self._max_norm, self._max_update_norm)
+        is_plain = not any(isinstance(group.lr, Tensor) for group in groups)
+        self._rule_of = (numbers, rule) if is_plain else None
+        return rule
 
-    def _active_segments(self, losses: tuple[int, ...]) -> list[tuple[Segment, Recorded]]:
-        """The segments with the gradients of this step; only parameters that are to be updated lie in their pieces."""
-        parameters = self._rows.parameters
-        if [parameter.data_ptr() for parameter in parameters] != self._rows.addresses:
-            self._rows.check_parameters()  # which says what is wrong
-        for slot in range(len(losses)):
-            if not self._ever_reached.issuperset(self._rows.reached[slot]):
-                self._ever_reached.update(self._rows.reached[slot])
-                self._describe_state()
-        needing = [parameter.requires_grad for parameter in parameters]
-        if (len(self._ever_reached), needing) != self._active_for:
-            resting = [i for i, needs in enumerate(needing) if i not in self._ever_reached or not needs]
-            self._active = [self._segment_without(resting, s) for s in range(len(self._moments))]
-            self._active_for = len(self._ever_reached), needing
-        return [
-            (segment, Recorded(losses, rows[: len(losses)]))
-            for segment, rows in zip(self._active, self._gradients, strict=True)
-        ]
 
-    def _segment_without(self, resting: Sequence[int], index: int) -> Segment:
-        pieces = [
-            Piece(place.memory, place.first, place.group)
-            for i, place in enumerate(self._places)
-            if place.segment == index and i not in resting
-        ]
-        return segment_on(self._rows.segments[index].device, self._backend, self._moments[index], pieces)
-
-    def _describe_state(self) -> None:
-        """Make ``state`` show the averages of each parameter that a loss has reached, as views."""
-        for i in sorted(self._ever_reached):
-            parameter, place = self._rows.parameters[i], self._places[i]
-            if not self.state.get(parameter):  # reading optimizer.state[parameter] makes an empty entry
-                columns = slice(place.first, place.first + len(place.memory))
-                first, second = self._moments[place.segment]
-                self.state[parameter] = {
-                    "exp_avgs": landing.shaped_like(parameter, first[:, columns]),
-                    "exp_avg_sq": landing.shaped_like(parameter, second[columns]),
-                }
-
-    def _unreach(self, positions: set[int]) -> None:
-        """Leave parameters alone again: what reached them for the first time was left out."""
-        self._ever_reached.difference_update(positions)
-        self._active_for = _NONE
-        for i in positions:
-            self.state.pop(self._rows.parameters[i], None)
-
-    def _carry_nonfinite(self, slot: int) -> None:
-        """Make the gradient just recorded show NaN where one before, which no ``p.grad`` shows now, is not finite.
-
-        The step is left out either way. So a GradScaler that sees the last gradient of each parameter knows of all.
-        """
-        for s, segment in enumerate(self._rows.segments):
-            shown, *before = (self._first_reached(s, row) for row in range(slot, -1, -1))
-            hidden = next((slot - 1 - i for i, column in enumerate(before) if column is not None), None)
-            if shown is not None and hidden is not None:
-                largest = torch.linalg.vector_norm(segment.rows[hidden], ord=math.inf)
-                segment.rows[slot, shown] += largest * 0
-
-    def _first_reached(self, segment: int, slot: int) -> int | None:
-        """A column of the segment in which a recorded gradient has an element."""
-        places = (self._places[i] for i in self._rows.reached[slot])
-        return min((place.first for place in places if place.segment == segment and len(place.memory)), default=None)
+# Torch wraps an optimizer's step in hooks and a label for its profiler, 20 µs after a backward pass. This says that it
+# has been done; where somebody profiles or hooks, ``step`` goes through that very wrapper.
+MConFIG.step.hooked = True  # type: ignore[attr-defined]
+_STEP_WITH_HOOKS = Optimizer.profile_hook_step(MConFIG._step)

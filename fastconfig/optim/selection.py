@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypedDict, cast
 
 import torch
@@ -54,19 +54,29 @@ class LossSelector:
         self._round: list[int] = []
         self._drawn = [0] * num_losses
 
-    def next(self) -> int:
+    def next(self, among: Collection[int] | None = None) -> int:
         """The next loss.
 
+        Args:
+            among: those that may be drawn; None for all.
+
         Raises:
-            ValueError: the selection's function gave no weights.
+            ValueError: the selection's function gave no weights; there is no loss to draw among these.
         """
         if len(self._round) >= self._per_step:
             self._round = []
+        if among is not None and not set(among).difference(self._round):
+            raise ValueError(
+                f"present must hold a loss that was not yet drawn for this step, got {sorted(among)} after "
+                f"{self._round}; leave this batch out, or go on with fewer losses"
+            )
         if self._weights_of_losses is None:
             loss = self._cursor
+            while among is not None and (loss not in among or loss in self._round):
+                loss = (loss + 1) % self._num_losses
             self._cursor = (loss + 1) % self._num_losses
         else:
-            loss = self._chosen(self._weights_of_losses(tuple(self._drawn)))
+            loss = self._chosen(self._weights_of_losses(tuple(self._drawn)), among)
         self._round.append(loss)
         self._drawn[loss] += 1
         return loss
@@ -87,8 +97,8 @@ class LossSelector:
         self._drawn = list(state["drawn"])
         self._generator.set_state(state["generator"].cpu())
 
-    def _chosen(self, weights: Sequence[float]) -> int:
-        open_losses = [i for i in range(self._num_losses) if i not in self._round]
+    def _chosen(self, weights: Sequence[float], among: Collection[int] | None) -> int:
+        open_losses = [i for i in range(self._num_losses) if i not in self._round and (among is None or i in among)]
         never = [i for i in open_losses if self._drawn[i] == 0]
         if never:
             open_losses, weights = never, [1.0] * self._num_losses

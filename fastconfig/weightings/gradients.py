@@ -16,7 +16,7 @@ def gradient_sizes(
     Args:
         losses: m of them, 0-d, of one graph or several.
         names: m, for errors.
-        shared: parameters, as from ``landing.trained``; where a loss does not depend on one, its gradient is zero.
+        shared: parameters, as from ``parameters.trained``; where a loss does not depend on one, its gradient is zero.
         orders: of each norm, as in ``torch.linalg.vector_norm``: 1, 2 or inf.
 
     Returns:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastconfig import landing
+from fastconfig.parameters import trained
 from fastconfig.validation import check_number
 from fastconfig.weightings.adam import Moments, adam
 from fastconfig.weightings.base import Weighting, all_finite, ratio
@@ -64,7 +64,7 @@ class GradNorm(Weighting):
             TypeError, ValueError: see ``Weighting``; a loss without a graph; no parameter that needs a gradient.
         """
         each = self._each(losses)
-        norms = gradient_sizes(each, self.names, landing.trained(parameters), (2,))[0]
+        norms = gradient_sizes(each, self.names, trained(parameters), (2,))[0]
         values = torch.stack(each).detach().double()
         initial = torch.where(self.updates == 0, values, self.initial)
         rates = ratio(values, initial)

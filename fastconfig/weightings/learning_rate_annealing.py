@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastconfig import landing
+from fastconfig.parameters import trained
 from fastconfig.validation import check_number
 from fastconfig.weightings.base import Weighting
 from fastconfig.weightings.gradients import gradient_sizes
@@ -51,7 +51,7 @@ class LearningRateAnnealing(Weighting):
         Raises:
             TypeError, ValueError: see ``Weighting``; a loss without a graph; no parameter that needs a gradient.
         """
-        shared = landing.trained(parameters)
+        shared = trained(parameters)
         sums, largest = gradient_sizes(self._each(losses), self.names, shared, (1, math.inf))
         n = sum(parameter.numel() for parameter in shared)
         weights = torch.lerp(self.weights, largest[self.reference] / (sums / n), self.alpha)
