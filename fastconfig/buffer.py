@@ -20,7 +20,7 @@ from fastconfig.landing import GradientRows, Recording, Shown
 from fastconfig.losses import Losses
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
-from fastconfig.parameters import Parameters, Source, Watch, by_kind, columns_of, trained
+from fastconfig.parameters import Parameters, Source, Watch, by_kind, check_in_memory, columns_of, trained
 from fastconfig.rows import Rows
 
 By = Literal["module", "parameter"] | Callable[[str], str]
@@ -385,7 +385,7 @@ class GradientBuffer:
             "optimizer.step() was called after new rows of a GradientBuffer and without its combine(), so it takes "
             "another gradient than that of these rows, or none; call buf.combine() first, or buf.zero() where the rows "
             "were only to be looked at",
-            frames=6,
+            frames=5,
         )
 
     def __repr__(self) -> str:
@@ -423,6 +423,7 @@ class GradientBuffer:
         tensors, names = self._source.now()
         staying = set(map(id, kept))
         trained(tensors)  # checks them
+        check_in_memory(tensors)
         wanted = list({id(p): p for p in tensors if p.requires_grad or id(p) in staying}.values())
         self._rows = GradientRows(
             [Segment(group, self._num_losses) for group in by_kind(wanted)], self._num_losses, "GradientBuffer"

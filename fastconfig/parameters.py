@@ -182,7 +182,7 @@ def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
 
     Raises:
         TypeError: not dense floating-point or complex tensors.
-        ValueError: none that needs a gradient; a non-leaf or uninitialised one, or one on the meta device.
+        ValueError: none that needs a gradient; a non-leaf or uninitialised one.
     """
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
         raise TypeError(
@@ -212,11 +212,16 @@ def _check_trained(parameter: Tensor, index: int) -> None:
             f"parameters[{index}] must be a dense float32, float64, bfloat16, float16 or complex tensor, got "
             f"{parameter.dtype}, layout {parameter.layout}"
         )
-    if parameter.device.type == "meta":
-        raise ValueError(
-            f"parameters[{index}], shape {tuple(parameter.shape)}, is on the meta device and has no memory; pass the "
-            "parameters after model.to_empty(device=...) and their initialisation"
-        )
+
+
+def check_in_memory(parameters: Iterable[Tensor]) -> None:
+    """ValueError where one that needs a gradient is on the meta device."""
+    for i, parameter in enumerate(parameters):
+        if parameter.requires_grad and parameter.device.type == "meta":
+            raise ValueError(
+                f"parameters[{i}], shape {tuple(parameter.shape)}, is on the meta device and has no memory; pass the "
+                "parameters after model.to_empty(device=...) and their initialisation"
+            )
 
 
 def trained_in(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -198,7 +198,7 @@ def test_an_optimizer_is_monitored_by_its_averages():
     infos = []
     for _ in range(6):
         with optimizer.record(i := optimizer.next_loss()):
-            losses_of(model, x)[i].backward()
+            losses_of(model, x)[NAMES.index(i)].backward()
         optimizer.step()
         monitor.step()
         infos.append(optimizer.combination)

@@ -188,8 +188,9 @@ class MConFIGTrainer(Trainer):
         return MConFIG(self.network.parameters(), lr=_PEAK_RATE, num_losses=LOSS_NAMES)
 
     def _step(self) -> None:
-        index = int(self._optimizer.next_loss())
-        with self._optimizer.record(index), self._backpropagating():
+        name = str(self._optimizer.next_loss())
+        index = LOSS_NAMES.index(name)
+        with self._optimizer.record(name), self._backpropagating():
             loss = self.problem.loss(self.network, index)
             loss.backward()
         self.losses[index] = loss.item()

@@ -24,7 +24,7 @@ from fastconfig.optim.averages import Averages
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
 from fastconfig.optim.selection import LossSelector, Selection
 from fastconfig.optim.state import copy_state, packed_state
-from fastconfig.parameters import Source, Watch, trained
+from fastconfig.parameters import Source, Watch, check_in_memory, trained
 from fastconfig.rows import Rows
 
 Parameters = Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -339,6 +339,7 @@ class MConFIG(Optimizer):
 
     def _check_recorded(self, losses: tuple[int, ...]) -> None:
         """RuntimeError unless there is a gradient for each loss, over parameters that are where they were."""
+        self._watch.check("step")
         if self._unreached and not losses:
             raise RuntimeError(
                 "step found no gradient: no backward pass inside record reached a parameter, for "
@@ -353,7 +354,6 @@ class MConFIG(Optimizer):
         rows = self._rows
         if [parameter.data_ptr() for parameter in rows.parameters] != rows.addresses:
             rows.check_parameters()  # which says what is wrong
-        self._watch.check("step")
 
     def _after_record(self, loss: int, slot: int, adds: bool, complete: bool) -> None:
         """A block of ``record`` has ended."""
@@ -492,7 +492,10 @@ class MConFIG(Optimizer):
 
     def _averages_over(self, groups: Sequence[Sequence[Tensor]], kept: Collection[int]) -> Averages:
         """Averages for those that need a gradient, and for those to be kept though they need none now."""
-        for i, parameter in enumerate(trained(parameter for group in groups for parameter in group)):
+        everything = [parameter for group in groups for parameter in group]
+        distinct = trained(everything)
+        check_in_memory(everything)
+        for i, parameter in enumerate(distinct):
             check_parameter(parameter, i)
         wanted = [[p for p in group if p.requires_grad or id(p) in kept] for group in groups]
         return Averages(wanted, self._num_losses, self._losses_per_step, self._state_dtype, self._backend)
