@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastconfig.combination import combine_rows
-from fastconfig.methods import DEFAULT_METHOD, Method, StreamingMethod
+from fastconfig.methods import DEFAULT_METHOD, Method, StreamingMethod, method_for_one_call
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_out, check_rows, complex_dtype_of
 
 
 def combine(
     grads: Tensor | Sequence[Tensor],
-    method: Method | StreamingMethod | None = None,
+    method: Method | StreamingMethod | str | None = None,
     *,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -25,7 +25,9 @@ def combine(
     Args:
         grads: (m, n) tensor, or a sequence of m vectors of shape (n,) that are then not stacked: one gradient a loss.
             float32, float64, bfloat16, float16 or complex (combined as its real view). m ≥ 1, n ≥ 0.
-        method: the rule from the Gramian to the weights, or ``GradDrop``; ``ConFIG()`` by default.
+        method: the rule from the Gramian to the weights, or ``GradDrop``, or the name of one, in letters of either
+            case, as ``fastconfig methods`` lists them; ``ConFIG()`` by default. One that remembers from call to call
+            (``GradVac``, ``SDMGrad``, ``CRMOGM``) is to be made once.
         out: (n,) contiguous tensor of the rows' dtype and device to write to, apart from ``grads`` in memory
             and not requiring grad.
         backend: "auto", "cpu", "triton" or "reference"; by default FASTCONFIG_BACKEND, or "auto".
@@ -51,6 +53,8 @@ def combine(
         tensor([0.1588, 2.0706, 2.0706])
     """
     rows = check_rows(grads)
+    if isinstance(method, str):
+        method = method_for_one_call(method, rows.m)
     traced = is_traced(rows.matrix, rows.vectors, out)
     if out is not None:
         target = check_out(out, grads, rows, traced)

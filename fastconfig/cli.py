@@ -18,7 +18,7 @@ import torch
 
 from fastconfig.diagnostics import show_config
 from fastconfig.history import ConflictHistory
-from fastconfig.methods.catalogue import CATALOGUE
+from fastconfig.methods.catalogue import CATALOGUE, entry_of
 
 _PICTURE = "burgers.png"
 _DEFAULT_SECONDS = 60.0
@@ -130,7 +130,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     demo.add_argument(
         "--method",
-        choices=sorted(CATALOGUE),
+        type=_method,
         default="config",
         metavar="NAME",
         help="what combines the three gradients in ConFIG's place, one of `fastconfig methods` (default: config)",
@@ -151,6 +151,14 @@ def _print_methods() -> None:
     wide = max(len(entry.rule) for entry in CATALOGUE.values())
     for name, entry in CATALOGUE.items():
         print(f"{name:<{width}}  {entry.rule:<{wide}}  {entry.source}")
+
+
+def _method(text: str) -> str:
+    try:
+        entry_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text.lower()
 
 
 def _steps(text: str) -> int:
@@ -216,7 +224,7 @@ def _picture_path(text: str) -> Path:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    if not _has("fastconfig plot", "plot", "matplotlib"):
+    if not _has("fastconfig plot", "matplotlib"):
         return 2
     from fastconfig.conflict_figure import save_figure  # here, not above: it draws in the optional package
 
@@ -234,17 +242,17 @@ def _plot(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _has(command: str, extra: str, *packages: str) -> bool:
-    """Whether the packages of an extra are installed; else it is said how to get them."""
+def _has(command: str, *packages: str) -> bool:
+    """Whether packages are installed; else it is said how to get them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)} not installed"
-        print(f"{command}: error: {reason}; run: pip install 'fastconfig[{extra}]'", file=sys.stderr)
+        print(f"{command}: error: {reason}; run: pip install {' '.join(packages)}", file=sys.stderr)
     return not missing
 
 
 def _demo_burgers(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not _has(parser.prog, "demo", "matplotlib", "rich"):
+    if not _has(parser.prog, "matplotlib", "rich"):
         return 2
     with Interrupt() as interrupt:
         # Here, not above: both draw in the optional packages.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -105,6 +106,8 @@ class Combination:
         weights: (m,) float64, the coefficients c of Σ c_i g_i; NaN of a method that has none, as GradDrop.
         rtol: under which share of the largest an eigenvalue of the cosines counts as zero.
         names: the m losses' names; "0", "1" ... where they have none.
+        absent: the indices of losses that had no labels in this step. Their rows were zero and took no part: norm and
+            weight are 0, here; a monitor shows a gap.
     """
 
     def __init__(
@@ -146,5 +149,29 @@ class Combination:
         return int((eigenvalues > self.rtol * eigenvalues[-1].clamp(min=0.0)).sum())
 
     def __repr__(self) -> str:
-        names = f"losses={list(self.names)}, " if self._losses.named else ""
-        return f"Combination({names}weights={self.weights.tolist()}, norms={self.norms.tolist()})"
+        """Four significant digits, the most conflicting pairs first. Reading it waits for the device."""
+        names = [f"losses={list(self.names)}"] if self._losses.named else []
+        parts = [
+            *names,
+            f"weights={self._listed(self.weights)}",
+            f"norms={self._listed(self.norms)}",
+            f"cosines={self._listed_cosines()}",
+            f"rank={self.rank}",
+        ]
+        return f"Combination({', '.join(parts)})"
+
+    def _listed(self, values: Tensor) -> str:
+        told = ("absent" if i in self.absent else f"{value:.4g}" for i, value in enumerate(values.tolist()))
+        return f"[{', '.join(told)}]"
+
+    def _listed_cosines(self) -> str:
+        cosines, directed = self.cosines.tolist(), self._directed.tolist()
+        pairs = [pair for pair in combinations(range(len(directed)), 2) if directed[pair[0]] and directed[pair[1]]]
+        pairs.sort(key=lambda pair: cosines[pair[0]][pair[1]])
+        told = [f"{self.names[i]}·{self.names[j]}: {cosines[i][j]:.4g}" for i, j in pairs[:_MOST_PAIRS]]
+        more = len(pairs) - len(told)
+        return "{" + ", ".join(told) + (f", {more} more" if more else "") + "}"
+
+
+_MOST_PAIRS = 6
+"""Of cosines in a repr."""

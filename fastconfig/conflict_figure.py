@@ -241,6 +241,9 @@ def _line(
 ) -> None:
     marker = "o" if len(time) < 30 else None  # so few points, or one alone, are to be seen
     ax.plot(time, values, color=color, linestyle=style, linewidth=1.8, marker=marker, markersize=3, label=label)
+    there = ~np.isnan(np.concatenate([[np.nan], values, [np.nan]]))
+    alone = there[1:-1] & ~there[:-2] & ~there[2:]  # between two gaps there is no line
+    ax.plot(time[alone], values[alone], color=color, linestyle="none", marker="o", markersize=3)
     if band is not None:
         ax.fill_between(time, *band, color=color, alpha=0.15, linewidth=0)
 

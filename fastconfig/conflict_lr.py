@@ -109,6 +109,12 @@ class ConflictAwareLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
         _scale_steps(optimizer, self)
 
+    def __repr__(self) -> str:
+        return (
+            f"ConflictAwareLR(factor={float(self._factor):.4g}, threshold={self.threshold:g}, shrink={self.shrink:g}, "
+            f"grow={self.grow:g}, min_factor={self.min_factor:g})"
+        )
+
     @property
     def factor(self) -> float | Tensor:
         """What the learning rates are multiplied by; a 0-d tensor, a copy, for parameters on an accelerator."""

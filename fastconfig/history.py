@@ -24,7 +24,8 @@ Booleans = NDArray[np.bool_]
 class ConflictHistory:
     """T records of the conflict between m losses, one row each; P = m(m - 1)/2 pairs of losses.
 
-    A gradient that is zero or not finite has no direction: its cosines are NaN, and no pair with it is counted.
+    A gradient that is zero or not finite has no direction: its cosines are NaN, and no pair with it is counted. Of a
+    loss that was absent from a step, norm, weight and decrease are NaN, too.
 
     Args:
         names: of the m losses.
@@ -41,9 +42,15 @@ class ConflictHistory:
 
     @classmethod
     def of(
-        cls, names: Sequence[str], steps: Sequence[int], gramians: Floats, weights: Floats, rtols: Sequence[float]
+        cls,
+        names: Sequence[str],
+        steps: Sequence[int],
+        gramians: Floats,
+        weights: Floats,
+        rtols: Sequence[float],
+        absent: Sequence[Sequence[int]],
     ) -> ConflictHistory:
-        """The records that follow from K (T, m, m), c (T, m) and where an eigenvalue counts as zero (T,)."""
+        """The records that follow from K (T, m, m), c (T, m), where an eigenvalue counts as zero and who was absent."""
         cut = np.asarray(rtols, dtype=np.float64)
         squares = np.diagonal(gramians, axis1=1, axis2=2)
         directed = np.isfinite(squares) & (squares > 0)
@@ -51,6 +58,10 @@ class ConflictHistory:
             norms = np.sqrt(squares)
             # A row of weight 0 took no part, NaN or not: select, don't multiply by 0.
             decreases = np.einsum("tij,tj->ti", np.where(weights[:, None, :] != 0, gramians, 0.0), weights)
+        was_there = np.ones_like(weights, dtype=np.bool_)
+        for step, losses in enumerate(absent):
+            was_there[step, list(losses)] = False
+        norms, weights, decreases = (np.where(was_there, values, np.nan) for values in (norms, weights, decreases))
         unit = _unit(gramians, squares, directed)
         ranks, conditions = _ranks_and_conditions(unit, directed, cut)
         i, j = np.triu_indices(len(names), 1)
@@ -97,6 +108,10 @@ class ConflictHistory:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        span = f", steps {self.steps[0]} to {self.steps[-1]}" if len(self) else ""
+        return f"ConflictHistory(losses={list(self.names)}, {len(self)} records{span})"
 
     @property
     def columns(self) -> list[str]:
@@ -170,9 +185,7 @@ class ConflictHistory:
             ModuleNotFoundError: pandas is not installed.
         """
         if importlib.util.find_spec("pandas") is None:
-            raise ModuleNotFoundError(
-                "to_pandas needs pandas, which is not installed; pip install 'fastconfig[pandas]'"
-            )
+            raise ModuleNotFoundError("to_pandas needs pandas, which is not installed; pip install pandas")
         import pandas
 
         frame = pandas.DataFrame(self.table[:, 1:], columns=self.columns[1:], index=self.steps)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, SupportsIndex, get_args, overload
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ _BATCH_BYTES = 1 << 22
 _LARGEST_BATCH = 256
 _MOST_PAIRS_WRITTEN = 45
 """Pairs of ten losses: with more, a TensorBoard shows their worst cosine alone."""
+
+
+Existing = Literal["keep", "overwrite", "append"]
 
 
 class Combiner(Protocol):
@@ -62,6 +66,35 @@ class ModuleConflict(NamedTuple):
     up to 1."""
 
 
+class ModuleConflicts(list[ModuleConflict]):
+    """Rows of ``ConflictMonitor.by_module``, a list that prints as a table."""
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> ModuleConflict: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ModuleConflicts: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> ModuleConflict | ModuleConflicts:
+        """A row, or those of a slice as a table again."""
+        return ModuleConflicts(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
+
+    def __repr__(self) -> str:
+        head = ("module", "worst cosine", "of the pair", "conflict rate", "share of norm")
+        rows = [
+            (
+                row.module or "(the model)",
+                f"{row.worst_cosine:.4g}",
+                "-" if row.pair is None else " · ".join(row.pair),
+                "-" if row.pair is None else f"{100 * row.conflict_rate:.0f} %",
+                f"{100 * row.norm_share:.1f} %",
+            )
+            for row in self
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows))
+
+
 class ConflictMonitor:
     """Records how the losses' gradients conflict, and what the method made of it, after every ``combine``.
 
@@ -78,17 +111,22 @@ class ConflictMonitor:
         every: record one step in so many, the first one included.
         csv: a file to append the records to, batch by batch, whose first line names the columns, as
             ``ConflictHistory.columns`` does. ``fastconfig plot`` and ``ConflictHistory.read_csv`` read it.
-        append: go on in an existing ``csv`` of the same losses, which else is refused.
+        existing: what becomes of a ``csv`` that exists. ``"keep"``, so that a script can be run again and nothing is
+            lost: it is moved aside, to ``run.1.csv`` or the next free number. ``"overwrite"``. Or ``"append"``: go on
+            in it, as a run that is resumed, with the step after its last; what a killed run left of a line is cut off,
+            with a warning.
         writer: what else takes the numbers: TensorBoard's ``SummaryWriter``, or any object with its ``add_scalar``.
         memory: keep the records for ``history``, ``to_pandas`` and ``plot``: 8·(4 + 3m + m(m - 1)/2) bytes each.
         modules_every: look at the modules' conflicts one step in so many, for ``by_module``; None for only when asked.
             Each look is one more pass over the rows, and asks the buffer for its parameters' names.
-        first_step: the number of the first step, for a run that is resumed.
+        first_step: the number of the first step, for a run that is resumed; None for 0, or the one after the last in a
+            ``csv`` that is gone on with.
 
     Raises:
         TypeError, ValueError: an argument that cannot be; the message names it, its value and the remedy.
-        FileExistsError: ``csv`` exists, and ``append`` is False.
         OSError: ``csv`` cannot be written.
+
+    A loss that is absent from a step, ``None`` in ``buf.backward``, is a gap in its records: NaN, not 0.
 
     Example:
         >>> import torch, fastconfig as fc
@@ -110,18 +148,21 @@ class ConflictMonitor:
         every: int = 1,
         *,
         csv: str | Path | None = None,
-        append: bool = False,
+        existing: Existing = "keep",
         writer: ScalarWriter | None = None,
         memory: bool = True,
         modules_every: int | None = None,
-        first_step: int = 0,
+        first_step: int | None = None,
     ) -> None:
         if not hasattr(buffer, "combination") or not hasattr(buffer, "names"):
             raise TypeError(f"buffer must be a GradientBuffer or an MConFIG, got {type(buffer).__name__}")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer must have add_scalar(tag, value, step), as a SummaryWriter has, got {writer!r}")
         _check_int("every", every, 1)
-        _check_int("first_step", first_step, 0)
+        if first_step is not None:
+            _check_int("first_step", first_step, 0)
+        if existing not in get_args(Existing):
+            raise ValueError(f"existing must be one of {', '.join(map(repr, get_args(Existing)))}, got {existing!r}")
         if modules_every is not None:
             _check_int("modules_every", modules_every, 1)
             _check_has_modules(buffer)
@@ -132,7 +173,7 @@ class ConflictMonitor:
         self._writer = writer
         self._remembers = memory
         self._path = None if csv is None else Path(csv)
-        self._next_step = first_step
+        self._absent: list[tuple[int, ...]] = []
         self._calls = 0
         m = len(self._names)
         self._batch = max(1, min(_LARGEST_BATCH, _BATCH_BYTES // (8 * m * (m + 1))))
@@ -143,8 +184,9 @@ class ConflictMonitor:
         self._histories: list[ConflictHistory] = []
         self._modules: _Modules | None = None
         self._closed = False
+        self._next_step = first_step or 0
         if self._path is not None:
-            _begin_file(self._path, self._names, append, first_step)
+            self._next_step = _begin_file(self._path, self._names, existing, first_step)
 
     def step(self) -> None:
         """Record what was combined last: to be called once a step, after ``combine`` or the optimizer's ``step``.
@@ -176,9 +218,10 @@ class ConflictMonitor:
         if not self._steps or self._ring is None:
             return
         raw = self._ring[: len(self._steps)].cpu().numpy()
-        history = ConflictHistory.of(self._names, self._steps, raw[:, :-1], raw[:, -1], self._rtols)
+        history = ConflictHistory.of(self._names, self._steps, raw[:, :-1], raw[:, -1], self._rtols, self._absent)
         self._steps.clear()
         self._rtols.clear()
+        self._absent.clear()
         if self._remembers:
             self._histories.append(history)
         if self._path is not None:
@@ -191,6 +234,11 @@ class ConflictMonitor:
         """Flush, and record no more. What was recorded can still be read. The writer is the caller's to close."""
         self.flush()
         self._closed = True
+
+    def __repr__(self) -> str:
+        recorded = sum(map(len, self._histories)) + len(self._steps)
+        file = "" if self._path is None else f", csv={str(self._path)!r}"
+        return f"ConflictMonitor(losses={list(self._names)}, {recorded} records, every={self._every}{file})"
 
     def __enter__(self) -> ConflictMonitor:
         return self
@@ -240,7 +288,7 @@ class ConflictMonitor:
         if not len(history):
             raise RuntimeError("plot found nothing to draw: nothing was recorded yet; call step() after combine first")
         if importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError("plot needs matplotlib, which is not installed; pip install 'fastconfig[plot]'")
+            raise ModuleNotFoundError("plot needs matplotlib, which is not installed; pip install matplotlib")
         from fastconfig.conflict_figure import save_figure  # here, not above: it draws in the optional package
 
         save_figure(history, Path(path))
@@ -256,15 +304,15 @@ class ConflictMonitor:
         """
         self._modules = self._look(self._modules)
 
-    def by_module(self) -> list[ModuleConflict]:
+    def by_module(self) -> ModuleConflicts:
         """The modules ranked by how much the losses fight in them: what to share between the losses, and what not.
 
         Over all looks so far, of ``modules_every`` and ``look_at_modules``; where there was none, of the rows as they
         are now. Waits for the device.
 
         Returns:
-            One row for each module that owns parameters, by ``worst_cosine``, the worst first, those without a conflict
-            to speak of (NaN) last.
+            A list that prints as a table, one row for each module that owns parameters: by ``worst_cosine``, the worst
+            first, those without a conflict to speak of (NaN) last.
 
         Raises:
             TypeError, ValueError: as ``look_at_modules``.
@@ -282,7 +330,9 @@ class ConflictMonitor:
 
     def _take(self, combination: Combination | None) -> None:
         if self._closed:
-            raise RuntimeError("this monitor is closed and records no more; make a new one, with append=True for a csv")
+            raise RuntimeError(
+                "this monitor is closed and records no more; make a new one, with existing='append' for a csv"
+            )
         due = self._calls % self._every == 0
         if due and combination is None:
             combination = self._buffer.combination
@@ -310,6 +360,7 @@ class ConflictMonitor:
         weights.copy_(combination.weights)
         self._steps.append(self._next_step)
         self._rtols.append(combination.rtol)
+        self._absent.append(combination.absent)
 
 
 class _Modules:
@@ -341,7 +392,7 @@ class _Modules:
         self._shares += torch.where(counts, squares / torch.where(counts, total, 1.0), 0.0)
         self._whole += counts
 
-    def ranked(self) -> list[ModuleConflict]:
+    def ranked(self) -> ModuleConflicts:
         """The modules, the worst first."""
         i, j = np.triu_indices(len(self._names), 1)
         total, conflicts, met = (sums.cpu().numpy()[:, i, j] for sums in (self._cosines, self._conflicts, self._met))
@@ -360,7 +411,7 @@ class _Modules:
                     float(share),
                 )
             )
-        return sorted(rows, key=lambda row: (row.pair is None, row.worst_cosine))
+        return ModuleConflicts(sorted(rows, key=lambda row: (row.pair is None, row.worst_cosine)))
 
 
 def _check_int(name: str, value: int, least: int) -> None:
@@ -382,22 +433,40 @@ def _check_has_modules(buffer: Combiner) -> GradientBuffer:
     return buffer
 
 
-def _begin_file(path: Path, names: Sequence[str], append: bool, first_step: int) -> None:
-    """Write the header, or make sure that an existing file can be gone on with."""
-    if append and path.exists():
+def _begin_file(path: Path, names: Sequence[str], existing: Existing, first_step: int | None) -> int:
+    """Begin a file, or make sure that the one that exists can be gone on with. The number of the first step."""
+    if existing == "append" and path.exists() and path.stat().st_size:
+        _cut_off_rest(path)
         there = ConflictHistory.read_csv(path)
         if there.names != tuple(names):
             raise ValueError(
                 f"csv {str(path)!r} is of the losses {list(there.names)}, not {list(names)}; name another file"
             )
-        if len(there) and there.steps[-1] >= first_step:
-            raise ValueError(f"first_step must be over {there.steps[-1]}, the last in {str(path)!r}, got {first_step}")
-        return
-    try:
-        with path.open("x", encoding="utf-8", newline="") as file:
-            write_header(names, file)
-    except FileExistsError:
-        raise FileExistsError(f"csv {str(path)!r} exists; name another file, remove it, or pass append=True") from None
+        last = int(there.steps[-1]) if len(there) else -1
+        if first_step is not None and last >= first_step:
+            raise ValueError(f"first_step must be over {last}, the last in {str(path)!r}, got {first_step}")
+        return last + 1 if first_step is None else first_step
+    if existing == "keep" and path.exists():
+        path.rename(_free_name(path))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        write_header(names, file)
+    return first_step or 0
+
+
+def _free_name(path: Path) -> Path:
+    """``run.1.csv`` for ``run.csv``, or the first number after it that is free."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _cut_off_rest(path: Path) -> None:
+    """Remove what a run that was killed left of a line."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content) and whole > 0:
+        warnings.warn(f"csv {str(path)!r} ends in the middle of a line, which is removed", UserWarning, stacklevel=4)
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def _write_scalars(history: ConflictHistory, writer: ScalarWriter) -> None:
@@ -410,6 +479,7 @@ def _write_scalars(history: ConflictHistory, writer: ScalarWriter) -> None:
     worst = np.fmin.reduce(history.cosines, axis=1, initial=np.inf)
     for step, record, lowest in zip(history.steps.tolist(), history.table[:, shown].tolist(), worst, strict=True):
         for tag, value in zip(tags, record, strict=True):
-            writer.add_scalar(tag, value, step)
+            if not math.isnan(value):  # a gap
+                writer.add_scalar(tag, value, step)
         if math.isfinite(lowest):
             writer.add_scalar("conflict/worst_cosine", float(lowest), step)

@@ -1,7 +1,7 @@
 """Methods for torchjd: its ``Weighting`` of Gramians, as its autogram engine makes, its ``Aggregator`` of Jacobians.
 
 With autogram the Jacobian is never built, and ConFIG, which torchjd itself has only on the Jacobian, works there, too.
-Needs torchjd (``pip install 'fastconfig[torchjd]'``), which is imported at the first use.
+Needs torchjd (``pip install torchjd``), which is imported at the first use.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _classes() -> tuple[Callable[[Method], Weighting[Tensor]], Callable[[Method]
     try:
         from torchjd.aggregation import GramianWeightedAggregator, Weighting
     except ImportError as error:
-        raise ImportError("fastconfig.torchjd needs torchjd: pip install 'fastconfig[torchjd]'") from error
+        raise ImportError("fastconfig.torchjd needs torchjd: pip install torchjd") from error
 
     class MethodWeighting(Weighting[Tensor]):
         """A method of fastconfig on torchjd's Gramians."""

@@ -137,7 +137,7 @@ def test_a_row_of_an_older_step_is_told_once():
     record(0)
     with pytest.raises(RuntimeError, match="loss 'boundary', loss 'data' as recorded"):
         buf.combine(stale="error")
-    with pytest.raises(ValueError, match="stale must be .*'ask'"):
+    with pytest.raises(ValueError, match=r"stale must be .*'ask'"):
         buf.combine(stale="ask")
 
 

@@ -183,7 +183,7 @@ def test_an_optimizer_says_how_to_add_up_and_forgets_a_step_that_broke():
     optimizer = fc.optim.MConFIG([weight], num_losses=2, losses_per_step=2)
     with optimizer.record(0, accumulate=True):
         weight.sum().backward()
-    with pytest.raises(ValueError, match="loss 0 was already recorded.*accumulate=True"):
+    with pytest.raises(ValueError, match=r"loss 0 was already recorded.*accumulate=True"):
         optimizer.record(0)
     with optimizer.record(1, accumulate=True):
         weight.sum().backward()

@@ -405,7 +405,7 @@ def test_arguments_that_cannot_be(options, error, message):
         fc.optim.MConFIG(parameters_of((3,)), **{"num_losses": 2, **options})
 
 
-@pytest.mark.parametrize("method", [fc.ConFIG, object(), "ConFIG", 3])
+@pytest.mark.parametrize("method", [fc.ConFIG, object(), 3])
 def test_a_method_that_is_none_is_refused(method):
     with pytest.raises(TypeError, match=r"method must have weights\(gramian\)"):
         fc.optim.MConFIG(parameters_of((3,)), num_losses=2, method=method)

@@ -1,4 +1,4 @@
-"""A GradScaler beside a buffer: weights of the true gradients, a gradient that stays scaled, overflows that are heard."""
+"""A GradScaler beside a buffer: weights of the true gradients, a scaled result, overflows that are heard."""
 
 from __future__ import annotations
 

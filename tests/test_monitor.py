@@ -237,22 +237,122 @@ def test_a_run_that_is_resumed_goes_on_in_its_file(tmp_path):
     path = tmp_path / "run.csv"
     model, buf, x = problem()
     for first in (0, 4):
-        with fc.ConflictMonitor(buf, csv=path, append=True, first_step=first, memory=False) as monitor:
+        with fc.ConflictMonitor(buf, csv=path, existing="append", first_step=first, memory=False) as monitor:
             train(model, buf, x, 4, lambda info, monitor=monitor: monitor.step())
     assert fc.ConflictHistory.read_csv(path).steps.tolist() == list(range(8))
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"run.csv' exists.*append=True"):
-        fc.ConflictMonitor(buf, csv=path)
     with pytest.raises(ValueError, match=r"first_step must be over 7, the last in .*, got 7"):
-        fc.ConflictMonitor(buf, csv=path, append=True, first_step=7)
+        fc.ConflictMonitor(buf, csv=path, existing="append", first_step=7)
     other = fc.GradientBuffer(model, ["pde", "boundary"])
     with pytest.raises(
         ValueError, match=r"is of the losses \['pde', 'boundary', 'initial'\], not \['pde', 'boundary'\]"
     ):
-        fc.ConflictMonitor(other, csv=path, append=True)
+        fc.ConflictMonitor(other, csv=path, existing="append")
     assert path.read_bytes() == before
     with pytest.raises(RuntimeError, match=r"memory=False.*ConflictHistory.read_csv"):
         monitor.plot(tmp_path / "run.png")
+
+
+def test_a_script_may_be_run_again_and_again(tmp_path):
+    """The default loses nothing; the other choices are said."""
+    path = tmp_path / "run.csv"
+    model, buf, x = problem()
+
+    def run(**options):
+        with fc.ConflictMonitor(buf, csv=path, **options) as monitor:
+            train(model, buf, x, 4, lambda info: monitor.step())
+        return {found.name: len(fc.ConflictHistory.read_csv(found)) for found in tmp_path.iterdir()}
+
+    assert run() == {"run.csv": 4}
+    first = path.read_bytes()
+    assert run() == {"run.csv": 4, "run.1.csv": 4}
+    assert (tmp_path / "run.1.csv").read_bytes() == first
+    assert run(existing="append") == {"run.csv": 8, "run.1.csv": 4}
+    assert fc.ConflictHistory.read_csv(path).steps.tolist() == list(range(8))
+    assert run() == {"run.csv": 4, "run.1.csv": 4, "run.2.csv": 8}
+    assert run(existing="overwrite") == {"run.csv": 4, "run.1.csv": 4, "run.2.csv": 8}
+    with pytest.raises(ValueError, match="existing must be one of 'keep', 'overwrite', 'append', got 'ask'"):
+        run(existing="ask")
+
+
+def test_what_a_killed_run_left_is_gone_on_with(tmp_path):
+    path = tmp_path / "run.csv"
+    model, buf, x = problem()
+    path.touch()  # killed before the first line
+    with fc.ConflictMonitor(buf, csv=path, existing="append") as monitor:
+        train(model, buf, x, 4, lambda info: monitor.step())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.warns(UserWarning, match=r"run.csv' ends in the middle of a line, which is removed"):
+        monitor = fc.ConflictMonitor(buf, csv=path, existing="append")
+    train(model, buf, x, 2, lambda info: monitor.step())
+    monitor.close()
+    assert fc.ConflictHistory.read_csv(path).steps.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_is_printed(tmp_path):
+    model, buf, x = problem()
+    monitor = fc.ConflictMonitor(buf, csv=tmp_path / "run.csv", every=2)
+    train(model, buf, x, 4, lambda info: monitor.step())
+    names = "losses=['pde', 'boundary', 'initial']"
+    assert repr(monitor) == f"ConflictMonitor({names}, 2 records, every=2, csv={str(tmp_path / 'run.csv')!r})"
+    assert repr(monitor.history) == f"ConflictHistory({names}, 2 records, steps 0 to 2)"
+    table = monitor.by_module()
+    head, *rows = str(table).splitlines()
+    assert head.split("  ")[0] == "module"
+    assert len(rows) == len(table)
+    for line, row in zip(rows, table, strict=True):
+        assert line.startswith(row.module or "(the model)")
+        assert f"{row.worst_cosine:.4g}" in line
+    assert str(table[:1]).splitlines()[1].split() == rows[0].split()
+    monitor.close()
+    monitor = fc.ConflictMonitor(buf, csv=tmp_path / "run.csv")
+    assert len(fc.ConflictHistory.read_csv(tmp_path / "run.1.csv")) == 2
+    assert repr(monitor.history) == f"ConflictHistory({names}, 0 records)"
+
+
+def test_an_absent_loss_is_a_gap_everywhere(tmp_path):
+    model, buf, x = problem()
+    writer = Writer()
+    monitor = fc.ConflictMonitor(buf, csv=tmp_path / "run.csv", writer=writer, modules_every=1)
+    for step in range(6):
+        losses = losses_of(model, x)
+        buf.backward([losses[0], None if step % 2 else losses[1], losses[2]])
+        buf.combine()
+        monitor.step()
+    monitor.close()
+    history = monitor.history
+    gaps = [False, True] * 3
+    for values in (history.norms, history.weights, history.decreases):
+        assert np.isnan(values[:, 1]).tolist() == gaps
+        assert np.isfinite(values[:, [0, 2]]).all()
+    assert np.isnan(history.cosines).tolist() == [[gap, False, gap] for gap in gaps]
+    assert history.ranks.tolist() == [3, 2] * 3
+    read = fc.ConflictHistory.read_csv(tmp_path / "run.csv")
+    assert read.table.tobytes() == history.table.tobytes()
+    assert history.to_pandas()["norm.boundary"].isna().tolist() == gaps
+    assert [step for tag, step in writer.scalars if tag == "conflict/norm/boundary"] == [0, 2, 4]
+    assert [step for tag, step in writer.scalars if tag == "conflict/norm/pde"] == list(range(6))
+    whole = sum(row.norm_share for row in monitor.by_module())
+    assert whole == pytest.approx(1.0)
+
+
+def test_the_picture_of_a_loss_that_is_often_absent_shows_its_points(tmp_path):
+    """Alone between two gaps a point is no line, and is drawn as a dot."""
+    from fastconfig.conflict_figure import _draw
+
+    table = monitor_module.ConflictHistory.of(
+        ["pde", "data"],
+        list(range(60)),
+        np.tile(np.eye(2), (60, 1, 1)),
+        np.ones((60, 2)),
+        [1e-12] * 60,
+        [(1,) if step % 2 else () for step in range(60)],
+    )
+    norms = _draw(table).axes[4]
+    dots = [line for line in norms.get_lines() if line.get_linestyle() == "None" and len(line.get_xdata())]
+    assert len(dots) == 1
+    assert dots[0].get_xdata().tolist() == list(range(0, 60, 2))
 
 
 @pytest.mark.parametrize(
@@ -517,13 +617,13 @@ def test_bad_combinations():
 
 
 @pytest.mark.parametrize(
-    ("package", "extra", "use"),
+    ("package", "use"),
     [
-        ("pandas", "pandas", lambda monitor, path: monitor.to_pandas()),
-        ("matplotlib", "plot", lambda monitor, path: monitor.plot(path)),
+        ("pandas", lambda monitor, path: monitor.to_pandas()),
+        ("matplotlib", lambda monitor, path: monitor.plot(path)),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path, package, extra, use):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path, package, use):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"{package}, which is not installed.*fastconfig\[{extra}\]"):
+    with pytest.raises(ModuleNotFoundError, match=rf"{package}, which is not installed; pip install {package}$"):
         use(recorded(combination([[1.0]], [1.0])), tmp_path / "run.png")

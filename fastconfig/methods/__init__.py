@@ -3,6 +3,7 @@
 from fastconfig.methods.aligned_mtl import AlignedMTL
 from fastconfig.methods.base import GramianMethod, Method, Stateful, StreamingMethod, check_weights_of, is_streaming
 from fastconfig.methods.cagrad import CAGrad
+from fastconfig.methods.catalogue import method_for_one_call, method_of
 from fastconfig.methods.config import ConFIG
 from fastconfig.methods.constant import Constant, Mean, Sum
 from fastconfig.methods.crmogm import CRMOGM
@@ -48,14 +49,9 @@ __all__ = [
     "UPGrad",
     "check_weights_of",
     "is_streaming",
+    "method_for_one_call",
     "method_of",
 ]
 
 DEFAULT_METHOD = ConFIG()
 """What combines where no method is named."""
-
-
-def method_of(method, num_losses):
-    from fastconfig.methods.catalogue import CATALOGUE
-
-    return CATALOGUE[method].make(num_losses)

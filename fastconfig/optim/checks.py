@@ -19,12 +19,12 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def checked_method(method: Method, num_losses: int) -> Method:
+def checked_method(method: object, num_losses: int) -> Method:
     """The method; TypeError where it is none, ValueError where it is for another number of losses."""
-    method = check_weights_of(method)
-    if isinstance(method, (ConFIG, GramianMethod)):
-        method.rule.check_losses(num_losses)
-    return method
+    checked = check_weights_of(method)
+    if isinstance(checked, (ConFIG, GramianMethod)):
+        checked.rule.check_losses(num_losses)
+    return checked
 
 
 def checked_norm(name: str, value: float | None) -> float | None:

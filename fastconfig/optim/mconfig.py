@@ -129,8 +129,8 @@ class MConFIG(Optimizer):
                 "hold moving averages"
             )
         self._losses_per_step = losses_per_step
-        method = method_of(method, m) if isinstance(method, str) else method
-        self._method = DEFAULT_METHOD if method is None else checked_method(method, m)
+        chosen = method_of(method, m) if isinstance(method, str) else method
+        self._method = DEFAULT_METHOD if chosen is None else checked_method(chosen, m)
         self._max_norm = checked_norm("max_norm", max_norm)
         self._max_update_norm = checked_norm("max_update_norm", max_update_norm)
         self._state_dtype = state_dtype

@@ -27,6 +27,10 @@ class FAMO(Weighting):
         with torch.no_grad():
             weighting.update(losses_of(batch))
 
+    **The total is to be backpropagated, not watched**: c grows as the losses fall, so c Σ z_i log L_i rises once they
+    are below 1, and ``ReduceLROnPlateau`` on it would stop the training. Give it the losses' mean, or that of their
+    logarithms.
+
     Source: Liu, Feng, Stone & Liu 2023, arXiv 2306.03792, algorithm 1.
 
     Args:
