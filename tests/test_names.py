@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastconfig as fc
+from fastconfig.methods.catalogue import CATALOGUE
 
 NAMES = ["pde", "boundary", "initial"]
 
@@ -144,3 +145,70 @@ def test_errors_of_an_optimizer_call_a_loss_by_its_name():
         pass
     with pytest.raises(RuntimeError, match="reached a parameter, for loss 'initial'; if"):
         optimizer.step()
+
+
+# Methods by name
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_a_method_by_its_name_is_that_of_the_catalogue(name):
+    torch.manual_seed(0)
+    grads = torch.randn(3, 50)
+    entry = CATALOGUE[name]
+    spelled = entry.kind.__name__
+    torch.manual_seed(1)
+    wanted = fc.combine(grads, entry.make(3))
+    buf = fc.GradientBuffer([weight := nn.Parameter(torch.zeros(50))], 3)
+    buf.backward([(row * weight).sum() for row in grads])
+    torch.manual_seed(1)
+    buf.combine(spelled)
+    assert torch.equal(buf.grad, wanted)
+    if entry.remembers:
+        with pytest.raises(ValueError, match=rf"remembers.*make it once, method = fc.{spelled}\("):
+            fc.combine(grads, spelled)
+    else:
+        for given in (name, spelled, name.upper()):
+            torch.manual_seed(1)
+            assert torch.equal(fc.combine(grads, given), wanted)
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_what_is_said_to_remember_does_and_nothing_else(name):
+    method = CATALOGUE[name].make(3)
+    for _ in range(2):
+        if hasattr(method, "weights"):
+            method.weights(torch.eye(3, dtype=torch.float64))
+    state = method.state_dict().get("state") if hasattr(method, "state_dict") else None
+    assert CATALOGUE[name].remembers == (state is not None)
+
+
+def test_a_buffer_and_an_optimizer_keep_what_a_method_by_name_remembers():
+    torch.manual_seed(0)
+    factors = torch.randn(4, 3, 50)
+    answers = []
+    for given in (fc.CRMOGM(fc.MGDA()), "crmogm"):
+        buf = fc.GradientBuffer([weight := nn.Parameter(torch.zeros(50))], 3)
+        for rows in factors:
+            buf.backward([(row * weight).sum() for row in rows])
+            buf.combine(given)
+        answers.append(buf.grad.clone())
+        optimizer = fc.optim.MConFIG([weight], num_losses=3, method=given)
+        for i, rows in enumerate(factors):
+            with optimizer.record(i % 3):
+                (rows[0] * weight).sum().backward()
+            optimizer.step()
+        answers.append(weight.detach().clone())
+    assert torch.equal(answers[0], answers[2])
+
+
+def test_a_name_that_is_none_is_told_with_those_spelled_alike():
+    grads = torch.ones(2, 3)
+    buf = fc.GradientBuffer([weight := nn.Parameter(torch.zeros(3))], 2)
+    buf.backward([weight.sum(), weight.sum()])
+    for call in (
+        lambda: fc.combine(grads, "pcgard"),
+        lambda: buf.combine("pcgard"),
+        lambda: fc.optim.MConFIG([weight], num_losses=2, method="pcgard"),
+    ):
+        with pytest.raises(ValueError, match=r"method must be one of .*got 'pcgard'; is it 'pcgrad'"):
+            call()

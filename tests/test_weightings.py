@@ -513,3 +513,20 @@ def test_complex_parameters_and_sparse_gradients_have_sizes():
 def test_the_package_shows_them():
     assert fc.weightings is weightings
     assert all(issubclass(getattr(weightings, name), weightings.Weighting) for name in weightings.__all__)
+
+
+def test_totals_that_are_not_to_be_watched():
+    """FAMO's rises while losses under 1 fall; that of UncertaintyWeighting falls while losses stay."""
+    famo, uncertainty = weightings.FAMO(2), weightings.UncertaintyWeighting(2)
+    optimizer = torch.optim.Adam(uncertainty.parameters(), lr=0.05)
+    falling = [famo(torch.tensor([0.9, 0.5]) * 0.9**step).item() for step in range(12, 40)]
+    assert falling == sorted(falling)
+    staying = []
+    for _ in range(40):
+        total = uncertainty(torch.tensor([0.3, 0.1]))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        staying.append(total.item())
+    assert staying == sorted(staying, reverse=True)
+    assert staying[-1] < staying[0] - 0.5

@@ -16,6 +16,8 @@ class UncertaintyWeighting(Weighting):
     Give ``weighting.parameters()`` to the optimizer, too. The weights are ½ exp(-s_i); a loss that stays at L_i has its
     best s_i at log L_i, where its weight is 1/(2 L_i).
 
+    The total falls while the s_i are learned, also where no loss does: watch the losses themselves.
+
     Source: Kendall, Gal & Cipolla 2018, arXiv 1705.07115, eq. 7; for a cross-entropy pass 2·L, which makes it eq. 10.
 
     Args:
