@@ -2,22 +2,29 @@
 # Needs Python >= 3.10 with its headers and venv module, g++ and make (Debian: python3-dev python3-venv g++ make).
 
 PYTHON ?= python3
+# TORCH=installed: use the PyTorch that $(PYTHON) has instead of downloading one.
+TORCH ?=
 BIN := .venv/bin
-READY := .venv/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt .ci/set-up
 
-# The oldest Triton that the kernels are to compile on; constraints.txt names the newest, which is installed.
+# What the demo needs; and what work on the library does, which holds all of that.
+DEVELOPED := .venv/.developed
+SHOWN := $(if $(wildcard $(DEVELOPED)),$(DEVELOPED),.venv/.shown)
+
+# The oldest and the newest Triton that the kernels are to compile on; PyTorch itself brings one in between.
 OLDEST_TRITON := .venv/triton-3.6.0
+NEWEST_TRITON := .venv/triton-3.9.0
+TRITONS := FASTCONFIG_OLDEST_TRITON=$(OLDEST_TRITON) FASTCONFIG_NEWEST_TRITON=$(NEWEST_TRITON)
 
 .PHONY: demo test bench gpu kernels lint format clean
 
-demo: $(READY)
+demo: $(SHOWN)
 	$(BIN)/fastconfig demo burgers
 
-test: $(READY) $(OLDEST_TRITON)
-	FASTCONFIG_OLDEST_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest
+test: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
+	$(TRITONS) $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
 
-bench: $(READY)
+bench: $(DEVELOPED)
 	$(BIN)/python bench/run.py
 
 # On a machine with a GPU, its own python3 and PyTorch: nothing is downloaded, no virtual environment made.
@@ -25,17 +32,17 @@ gpu:
 	$(PYTHON) bench/gpu.py
 
 # What every kernel compiles to, for every architecture and on both Tritons: no GPU needed, but half an hour.
-kernels: $(READY) $(OLDEST_TRITON)
-	$(BIN)/python bench/compile_kernels.py
+kernels: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
+	PYTHONPATH=$(NEWEST_TRITON) $(BIN)/python bench/compile_kernels.py
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python bench/compile_kernels.py
 
-lint: $(READY)
+lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(DEVELOPED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.hpp
@@ -43,11 +50,14 @@ format: $(READY)
 clean:
 	rm -rf .venv build *.egg-info fastconfig/_core*.so
 
-$(OLDEST_TRITON): $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
+.venv/triton-%: $(DEVELOPED)
+	$(BIN)/python -m pip install --no-deps --target $@ triton==$*
 	touch $@
 
-$(READY): $(SOURCES)
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,bench,lint]"
+.venv/.shown: $(SOURCES)
+	TORCH=$(TORCH) TARGET=demo $(PYTHON) .ci/set-up demo
+	touch $@
+
+$(DEVELOPED): $(SOURCES)
+	TORCH=$(TORCH) TARGET=test $(PYTHON) .ci/set-up demo,test,bench,lint
 	touch $@

@@ -14,6 +14,10 @@ from fastconfig import backends
 from fastconfig.backends import cpu, triton
 from fastconfig.version import __version__
 
+_DISTRIBUTION = "fastconfig-torch"
+_ANOTHER = "fastconfig"
+"""Another project's distribution, which installs a package of the name that this one is imported by."""
+
 _FORCING = ("FASTCONFIG_BACKEND", "FASTCONFIG_ISA", "FASTCONFIG_AUTOTUNE", "TRITON_INTERPRET")
 
 
@@ -21,6 +25,7 @@ def collect_config() -> dict[str, str]:
     """What ``show_config`` prints, as name -> value, in order."""
     return {
         "fastconfig": __version__,
+        **_state_of_another(),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": str(torch.__version__),
         "triton": _version_of("triton"),
@@ -41,6 +46,19 @@ def show_config(file: TextIO | None = None) -> None:
     width = max(map(len, entries))
     for name, value in entries.items():
         print(f"{name:{width}}  {value}", file=file or sys.stdout)
+
+
+def _state_of_another() -> dict[str, str]:
+    """What is said of the distribution ``fastconfig``, where it is installed: its package lies in this one's folder."""
+    try:
+        found = importlib.metadata.metadata(_ANOTHER)
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    if found["Summary"] == _summary_of(_DISTRIBUTION):  # this library itself, as an old checkout still calls it
+        return {}
+    what = f"the distribution {_ANOTHER} {found['Version']} ({found['Summary']}) is installed, too"
+    remedy = f"run: pip uninstall {_ANOTHER}, and install {_DISTRIBUTION} once more"
+    return {"warning": f"{what}, and is not this library, which is {_DISTRIBUTION}; {remedy}"}
 
 
 def _state_of_backend(name: str) -> str:
@@ -68,6 +86,13 @@ def _state_of_tiers() -> str:
     if cpu.available() is not None:
         return "none: the compiled core is missing"
     return f"{cpu.active_tier()} (this machine runs {', '.join(cpu.tiers())})"
+
+
+def _summary_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.metadata(package)["Summary"]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _version_of(package: str) -> str:

@@ -5,7 +5,6 @@ bench/compile_kernels.py does the work in a process of its own, as its kernels m
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -36,15 +35,15 @@ KERNELS = {
 ALONE = {"config_of_gramian", "combination", "graddrop", "table_of_addresses", "table_of_gradients", "table_of_group"}
 """Those that take no tickets, however they are launched."""
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-OLDEST_FOLDER = "FASTCONFIG_OLDEST_TRITON"
+FOLDERS = {"newest": "FASTCONFIG_NEWEST_TRITON", "oldest": "FASTCONFIG_OLDEST_TRITON"}
+"""Environment variables that name a folder with a Triton; the installed one, PyTorch's, lies between the two."""
 
 
-def compile_subset(out: Path, architectures: tuple[str, ...], triton_folder: str | None) -> dict:
+def compile_subset(out: Path, architectures: tuple[str, ...], triton_folder: str) -> dict:
     """What the tool reports; its exit code is left to the tests, which say what is wrong."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    if triton_folder is not None:
-        path = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = triton_folder if path is None else os.pathsep.join((triton_folder, path))
+    path = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = triton_folder if path is None else os.pathsep.join((triton_folder, path))
     command = [sys.executable, str(TOOL), "--subset", "--out", str(out), "--arch", *architectures]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert out.exists(), done.stderr
@@ -53,19 +52,22 @@ def compile_subset(out: Path, architectures: tuple[str, ...], triton_folder: str
     return {**result, "specialisations": reports, "exit_code": done.returncode}
 
 
-@pytest.fixture(scope="module", params=["installed", "oldest"])
+def once(triton: str):
+    """Its kernels are compiled by one process alone, whatever the number of processes."""
+    return pytest.param(triton, marks=pytest.mark.xdist_group(triton))
+
+
+@pytest.fixture(scope="module", params=[once("newest"), once("oldest")])
 def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The report of the installed Triton, and of the oldest that is supported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton has no wheel for this platform")
-    out = tmp_path_factory.mktemp("compiled") / "kernels.json"
-    if request.param == "installed":
-        return compile_subset(out, ARCHITECTURES, None)
-    folder = os.environ.get(OLDEST_FOLDER)
+    """The reports of the newest Triton that PyPI has, and of the oldest that is supported."""
+    variable = FOLDERS[request.param]
+    folder = os.environ.get(variable)
     if not folder:
-        pytest.skip(f"{OLDEST_FOLDER} does not name a folder with Triton {OLDEST[0]}.{OLDEST[1]}")
-    report = compile_subset(out, ("sm_90", "gfx942"), folder)
-    assert report["triton"].startswith(f"{OLDEST[0]}.{OLDEST[1]}."), f"{OLDEST_FOLDER} has Triton {report['triton']}"
+        pytest.skip(f"{variable} does not name a folder with the {request.param} Triton, as `make test` does")
+    out = tmp_path_factory.mktemp("compiled") / "kernels.json"
+    report = compile_subset(out, ARCHITECTURES if request.param == "newest" else ("sm_90", "gfx942"), folder)
+    found = tuple(int(number) for number in report["triton"].split(".")[:2])
+    assert found == OLDEST if request.param == "oldest" else found > OLDEST, f"{variable} has Triton {report['triton']}"
     return report
 
 

@@ -1,5 +1,6 @@
 """show_config says what runs here, and what is missing."""
 
+import importlib.metadata
 import io
 import os
 import subprocess
@@ -25,6 +26,24 @@ def test_versions_threads_backends_and_tier_are_shown():
         assert fact in text.getvalue()
     assert shown().keys() == diagnostics.collect_config().keys()
     assert diagnostics.collect_config()["backend cpu"] == "ready, drives cpu tensors"
+
+
+def test_another_projects_distribution_is_noticed(monkeypatch):
+    """PyPI's fastconfig is not this library, and `pip install fastconfig` would write over it."""
+    assert "warning" not in shown()
+    there = {"fastconfig": {"Version": "0.2.0", "Summary": "Finds a project's root"}}
+
+    def metadata(name):
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(importlib.metadata, "metadata", metadata)
+    told = shown()["warning"]
+    assert told.startswith("the distribution fastconfig 0.2.0 (Finds a project's root) is installed, too")
+    assert "pip uninstall fastconfig, and install fastconfig-torch once more" in told
+    there["fastconfig-torch"] = there["fastconfig"]
+    assert "warning" not in shown()
 
 
 def test_a_missing_core_is_named_with_its_reason(monkeypatch):
