@@ -9,6 +9,7 @@
 #include "config_rule.hpp"
 #include "engine.hpp"
 #include "gramian_rule.hpp"
+#include "memory.hpp"
 #include "momentum.hpp"
 
 namespace py = pybind11;
@@ -195,6 +196,9 @@ PYBIND11_MODULE(_core, module) {
                  return segment.step(*active_tier, threads, recorded, rule, method, doubles(operand), doubles(scales),
                                      found_inf, {doubles(gramian), doubles(weights), doubles(counts), doubles(totals)});
              });
+    module.def("advise_huge_pages", [](std::uintptr_t address, std::size_t bytes) {
+        return advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+    });
     module.attr("FINITE") = Rule::kFinite;
     module.def("gramian", &gramian);
     module.def("apply", &apply);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.combination import combine_rows
+from fastconfig.memory import fresh
 from fastconfig.methods import DEFAULT_METHOD, Method, StreamingMethod, method_for_one_call
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_out, check_rows, complex_dtype_of
@@ -59,7 +60,7 @@ def combine(
     if out is not None:
         target = check_out(out, grads, rows, traced)
     else:
-        target = torch.empty(rows.n, dtype=rows.dtype, device=rows.device)
+        target = fresh(rows.n, rows.dtype, rows.device)
     method = DEFAULT_METHOD if method is None else method
     combine_rows(backend_for(rows.device, backend, traced), rows, method, target)
     if out is None:

@@ -18,6 +18,7 @@ from fastconfig.combination import Combination, combine_segments
 from fastconfig.heads import OutsideParameters
 from fastconfig.landing import GradientRows, Recording, Shown
 from fastconfig.losses import Losses
+from fastconfig.memory import aligned_rows
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.parameters import Parameters, Source, Watch, by_kind, check_in_memory, columns_of, trained
@@ -51,7 +52,7 @@ class Segment(landing.Segment):
 
     def __init__(self, parameters: Sequence[Tensor], num_losses: int) -> None:
         super().__init__(parameters, num_losses)
-        self.grad = landing.aligned_rows(1, self.n, self.dtype, self.device)[0]
+        self.grad = aligned_rows(1, self.n, self.dtype, self.device)[0]
 
 
 class GradientBuffer:

@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
+from fastconfig.memory import aligned_rows
 from fastconfig.parameters import Made, columns_of, gradient_dtype, shaped_like
 from fastconfig.rows import Rows
 from fastconfig.validation import REAL_OF_COMPLEX
-
-ROW_BYTES = 128
-"""Rows lie multiples of this apart, a GPU's cache line: unaligned ones cannot be read 16 bytes at a time."""
 
 HOOKED_BYTES = 1 << 18
 """From this size on a gradient is copied home as soon as autograd has it, and freed. Of smaller ones a call of Python
@@ -40,7 +38,7 @@ class Segment:
         dtype: of the rows; by default that of the gradients.
 
     Attributes:
-        rows: (k, n_segment), contiguous rows a multiple of ``ROW_BYTES`` apart, where gradients land. Complex
+        rows: (k, n_segment), contiguous rows a multiple of ``memory.ROW_BYTES`` apart, where gradients land. Complex
             parameters stand here as their real view, two columns an element.
         parameters: those whose gradients lie here, in column order, each in the order of its own memory.
         starts: the first column of each parameter.
@@ -64,13 +62,6 @@ class Segment:
             shaped_like(parameter, flat[start : start + columns_of(parameter)])
             for parameter, start in zip(self.parameters, self.starts, strict=True)
         ]
-
-
-def aligned_rows(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, (count, n), contiguous rows a multiple of ``ROW_BYTES`` apart."""
-    with torch.inference_mode(False):  # autograd must be able to accumulate into the rows
-        padded = n + -n % (ROW_BYTES // dtype.itemsize)
-        return torch.zeros(count, padded, dtype=dtype, device=device)[:, :n]
 
 
 _TAKES_MANY = "Iterable" in str(inspect.signature(torch.autograd.graph.increment_version))  # newer PyTorch's

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastconfig as fc
 from fastconfig import landing
-from fastconfig.landing import ROW_BYTES
+from fastconfig.memory import ROW_BYTES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread", "way_of_landing")
 

@@ -85,7 +85,7 @@ class Mean:
         {"state_dtype": torch.float64},
         {"lr": torch.tensor(1e-2)},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options) or "defaults",
 )
 def test_the_kernels_for_a_gpu_train_as_the_reference_does(options):
     pytest.importorskip("triton")

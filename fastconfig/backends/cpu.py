@@ -52,6 +52,11 @@ def use_tier(name: str) -> None:
     _core.use_tier(name)
 
 
+def advise_huge_pages(address: int, size: int) -> bool:
+    """Ask the operating system for huge pages in a block of ``size`` bytes; whether it will."""
+    return bool(_core.advise_huge_pages(address, size))
+
+
 def gramian(rows: Rows) -> Tensor:
     """As reference.gramian, in one pass over the rows."""
     result = torch.empty(rows.m, rows.m, dtype=torch.float64, device=rows.device)

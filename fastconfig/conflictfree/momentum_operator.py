@@ -30,7 +30,7 @@ from fastconfig.conflictfree.loss_recorder import (
     check_pairs,
 )
 from fastconfig.conflictfree.utils import Sequence, apply_gradient_vector, has_zero
-from fastconfig.landing import aligned_rows
+from fastconfig.memory import aligned_rows, fresh
 from fastconfig.methods import Method
 from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.momentum import take_step
@@ -370,7 +370,7 @@ class PseudoMomentumOperator(MomentumOperator):
         kept = self._written
         if kept is not None and kept[1].dtype == like.dtype:
             return kept
-        update = torch.empty_like(like)
+        update = fresh(like.shape, like.dtype, like.device)
         written = segment_on(like.device, None, moments, [Piece(update, 0, 0)]), update
         if like.device.type != "cpu":
             self._written = written
@@ -563,7 +563,7 @@ def _follow(average: Tensor, value: Tensor, beta: float) -> None:
 
 def _unbiased(averages: Sequence[Tensor] | Tensor, beta: float, counts: list[int]) -> Tensor:
     """The averages freed of their start at zero, (m, n): what an operator combines."""
-    unbiased = torch.empty(len(averages), len(averages[0]), dtype=averages[0].dtype, device=averages[0].device)
+    unbiased = fresh((len(averages), len(averages[0])), averages[0].dtype, averages[0].device)
     for row, average, count in zip(unbiased, averages, counts, strict=True):
         torch.div(average, 1 - beta**count, out=row)
     return unbiased

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastconfig import backends, landing, parameters
 from fastconfig.backends.momentum import Segment, segment_on
 from fastconfig.landing import GradientRows
+from fastconfig.memory import aligned_rows
 from fastconfig.moments import Moments, Piece, Recorded
 
 State = MutableMapping[Tensor, Any]
@@ -210,5 +211,5 @@ def _moments(segment: landing.Segment, num_losses: int, dtype: torch.dtype | Non
     dtype = dtype or (torch.float64 if segment.dtype == torch.float64 else torch.float32)
     if dtype.itemsize < segment.dtype.itemsize:
         raise ValueError(f"state_dtype must be no narrower than the parameters' {segment.dtype}, got {dtype}")
-    first = landing.aligned_rows(num_losses, segment.n, dtype, segment.device)
-    return Moments(first, landing.aligned_rows(1, segment.n, dtype, segment.device)[0])
+    first = aligned_rows(num_losses, segment.n, dtype, segment.device)
+    return Moments(first, aligned_rows(1, segment.n, dtype, segment.device)[0])

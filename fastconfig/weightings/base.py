@@ -23,8 +23,8 @@ class Weighting(nn.Module):
     compiler cannot see into its generator.
 
     The total is to be backpropagated, not watched: its weights are of this step, so it may fall, or rise, while the
-    losses do not (``FAMO`` and ``UncertaintyWeighting`` say how). Give ``ReduceLROnPlateau`` the losses themselves, their
-    mean or that of their logarithms.
+    losses do not (``FAMO`` and ``UncertaintyWeighting`` say how). Give ``ReduceLROnPlateau`` the losses' mean, or that
+    of their logarithms.
 
     A call with a loss that is not finite gives a total that is not finite either, as a GradScaler expects, and leaves
     the state as it is, so training goes on where it was.
