@@ -11,6 +11,7 @@
 #include "gramian_rule.hpp"
 #include "memory.hpp"
 #include "momentum.hpp"
+#include "sweep.hpp"
 
 namespace py = pybind11;
 
@@ -196,6 +197,7 @@ PYBIND11_MODULE(_core, module) {
                  return segment.step(*active_tier, threads, recorded, rule, method, doubles(operand), doubles(scales),
                                      found_inf, {doubles(gramian), doubles(weights), doubles(counts), doubles(totals)});
              });
+    add_sweeps(module);
     module.def("advise_huge_pages", [](std::uintptr_t address, std::size_t bytes) {
         return advise_huge_pages(reinterpret_cast<void*>(address), bytes);
     });

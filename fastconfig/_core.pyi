@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 class DType:
     float32: ClassVar[DType]
     float64: ClassVar[DType]
@@ -98,3 +101,16 @@ class MomentumSegment:
         threads: int,
         /,
     ) -> int: ...
+
+class Sweep:
+    def __init__(self, parameters: tuple[Tensor, ...], /) -> None: ...
+    def is_unchanged(self) -> bool: ...
+    def take(self) -> tuple[list[Tensor | None], tuple[bool, ...]]: ...
+    def give(self, grads: list[Tensor | None], /) -> None: ...
+    def show(
+        self, aliases: list[Tensor], addresses: list[int], flags: tuple[bool, ...], hides: bool, begin: int, /
+    ) -> int: ...
+
+class Copies:
+    def __init__(self, copies: list[tuple[int, int, int]], dtype: torch.dtype, layout: torch.layout, /) -> None: ...
+    def copy(self, grads: list[Tensor | None], /) -> list[int]: ...

@@ -57,10 +57,7 @@ def combine(
     if isinstance(method, str):
         method = method_for_one_call(method, rows.m)
     traced = is_traced(rows.matrix, rows.vectors, out)
-    if out is not None:
-        target = check_out(out, grads, rows, traced)
-    else:
-        target = fresh(rows.n, rows.dtype, rows.device)
+    target = fresh(rows.n, rows.dtype, rows.device) if out is None else check_out(out, grads, rows, traced)
     method = DEFAULT_METHOD if method is None else method
     combine_rows(backend_for(rows.device, backend, traced), rows, method, target)
     if out is None:

@@ -315,7 +315,7 @@ class GradientBuffer:
             self._watch.check("combine")
         if stale not in ("warn", "error", "use"):
             raise ValueError(f"stale must be 'warn', 'error' or 'use', got {stale!r}")
-        reached = [any(flags) for flags in zip(*rows.reached, strict=True)]
+        reached = tuple([any(flags) for flags in zip(*rows.reached, strict=True)])
         if not any(reached):
             raise RuntimeError(self._why_nothing())
         rule = self._method_of(method)
@@ -563,7 +563,7 @@ class GradientBuffer:
             )
         return self.segments[0]
 
-    def _hang_grad(self, reached: Sequence[bool]) -> None:
+    def _hang_grad(self, reached: tuple[bool, ...]) -> None:
         """Make ``.grad`` of the reached parameters a view of the combined gradient, that of the others None."""
         if is_dynamo_compiling():
             # Views made in the graph: it cannot return older ones, inputs beside the memory that it overwrites.
@@ -573,9 +573,7 @@ class GradientBuffer:
             return
         for segment in self.segments:
             torch.autograd.graph.increment_version(segment.grad)
-        shown = self._shown
-        for i, parameter in enumerate(self._rows.parameters):
-            parameter.grad = shown[i] if reached[i] else None
+        self._rows.show(self._shown, reached)
 
 
 def _rebuilt(given: Parameters, num_losses: int | list[str], state: dict[str, Any]) -> GradientBuffer:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from fastconfig.memory import aligned_rows
 from fastconfig.parameters import Made, columns_of, gradient_dtype, shaped_like
 from fastconfig.rows import Rows
+from fastconfig.sweep import Copies, Sweep
 from fastconfig.validation import REAL_OF_COMPLEX
 
 HOOKED_BYTES = 1 << 18
@@ -93,9 +94,15 @@ class Shown:
 
     def __getitem__(self, index: int) -> Tensor:
         alias = self._aliases[index]
-        if alias.data_ptr() != self._addresses[index] or alias.requires_grad or alias.shape != self.views[index].shape:
+        if alias.data_ptr() != self._addresses[index] or alias.requires_grad:
             alias = self._aliases[index] = self.views[index].detach()
         return alias
+
+    def show(self, sweep: Sweep, flags: tuple[bool, ...], hides: bool) -> None:
+        """Make ``p.grad`` of the flagged parameters their views, and, where it ``hides``, that of the others None."""
+        begin = 0
+        while (begin := sweep.show(self._aliases, self._addresses, flags, hides, begin)) >= 0:
+            self._aliases[begin] = self.views[begin].detach()
 
 
 class _Plan(NamedTuple):
@@ -103,25 +110,29 @@ class _Plan(NamedTuple):
 
     flags: tuple[bool, ...]
     """Which have, a flag a parameter: the same object every time."""
-    reached: tuple[int, ...]
-    """Positions of those that have."""
-    views: list[Tensor]
-    """Where the gradients of those go, but of the hooked ones."""
-    plain: tuple[int, ...]
-    """Positions of these."""
-    hooked: tuple[int, ...]
-    """Positions of the hooked ones."""
+    copies: list[Copies]
+    """How those on the CPU are copied that are not brought by a hook, a segment each."""
+    others: list[int]
+    """Positions of those that are not."""
+    added: list[int]
+    """Positions of all that have, which is what has to be added where the row is not begun anew."""
     gaps: list[Tensor]
     """Runs of the row's columns of the parameters that have none, to be zero."""
 
 
 class _Row:
-    """One row, seen by parameter."""
+    """One row, seen by parameter.
 
-    def __init__(self, segments: Sequence[Segment], row: int, hooked: Sequence[bool]) -> None:
+    Args:
+        segments: the columns.
+        row: which row.
+        plain: for each parameter, whether its gradient, where it is contiguous, has the bytes of its place in the row.
+    """
+
+    def __init__(self, segments: Sequence[Segment], row: int, plain: Sequence[bool]) -> None:
         self._segments = segments
         self._row = row
-        self._hooked = hooked
+        self._plain = plain
         self._plans: dict[tuple[bool, ...], _Plan] = {}
         self.shown = Shown([view for segment in segments for view in segment.views(segment.rows[row])])
 
@@ -135,10 +146,18 @@ class _Row:
         return plan
 
     def _new_plan(self, flags: tuple[bool, ...]) -> _Plan:
-        reached = tuple(i for i, has in enumerate(flags) if has)
-        plain = tuple(i for i in reached if not self._hooked[i])
-        hooked = tuple(i for i in reached if self._hooked[i])
-        return _Plan(flags, reached, [self.shown.views[i] for i in plain], plain, hooked, self._gaps(flags))
+        reached = [i for i, has in enumerate(flags) if has]
+        copies, position = [], 0
+        for segment in self._segments:
+            dtype = gradient_dtype(segment.parameters[0])
+            places = range(position, position := position + len(segment.parameters))
+            if some := [self._copy_of(i) for i in places if flags[i] and self._plain[i]]:
+                copies.append(Copies(some, dtype, torch.strided))
+        return _Plan(flags, copies, [i for i in reached if not self._plain[i]], reached, self._gaps(flags))
+
+    def _copy_of(self, position: int) -> tuple[int, int, int]:
+        view = self.shown.views[position]
+        return position, view.data_ptr(), view.numel() * view.element_size()
 
     def _gaps(self, flags: tuple[bool, ...]) -> list[Tensor]:
         gaps: list[Tensor] = []
@@ -209,18 +228,22 @@ class GradientRows(Generic[Place]):
         self.recording: str | None = None
         self._owner = owner
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self._shapes = [parameter.shape for parameter in self.parameters]
-        self._dtypes = [parameter.dtype for parameter in self.parameters]
+        self._sweep = Sweep(self.parameters)
         self._made_for = tuple(map(Made.of, self.parameters, self.addresses))
         kinds = [segment.dtype for segment in segments for _ in segment.parameters]
-        self._shows = [
+        self._shows = tuple(
             REAL_OF_COMPLEX.get(gradient_dtype(p), gradient_dtype(p)) == kind
             for p, kind in zip(self.parameters, kinds, strict=True)
-        ]
+        )
+        self._all_show = all(self._shows)
         # A parameter that is frozen, as one may be after refresh(), takes no hook, and needs none.
         self._hooked = [
             shows and p.requires_grad and p.numel() * p.element_size() >= HOOKED_BYTES
             for p, shows in zip(self.parameters, self._shows, strict=True)
+        ]
+        self._plain = [
+            shows and not hooked and p.device.type == "cpu" and p.is_contiguous()
+            for p, shows, hooked in zip(self.parameters, self._shows, self._hooked, strict=True)
         ]
         self._rows: list[_Row | None] = [None] * count
         self._identities = frozenset(map(id, self.parameters))
@@ -272,11 +295,9 @@ class GradientRows(Generic[Place]):
                 f"{call} was called while another buffer or optimizer over some of the same parameters records; leave "
                 "that `with` block first: a gradient can only go to one row"
             )
-        self._before = [parameter.grad for parameter in self.parameters]
+        self._before = self._sweep.take()[0]
         self.recording = call
         _BEING_RECORDED.update(self._identities)
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def open(self, row: int, call: str, adds: bool) -> None:
         """From here on gradients are of this row. They wait in ``p.grad`` where they are to be added to it."""
@@ -292,21 +313,22 @@ class GradientRows(Generic[Place]):
         """
         self._landing.home = None
         home = self._row(row)
-        grads = [parameter.grad for parameter in self.parameters]
-        flags = tuple([grad is not None for grad in grads])
+        grads, flags = self._sweep.take()
         plan = home.plan_for(flags)
-        for i in plan.reached:
-            self.parameters[i].grad = None
-        with torch.no_grad():
-            sources = self._dense([grads[i] for i in plan.plain], plan.plain)
-            if sources:
-                (torch._foreach_add_ if adds else torch._foreach_copy_)(plan.views, sources)
-            for i in plan.hooked:
-                self._bring(grads[i], home.shown.views[i], i, adds)
-            if not adds:
-                for gap in plan.gaps:
-                    gap.zero_()
-        self.reached[row] = _either(self.reached[row], flags) if adds else plan.flags
+        if adds:
+            self._bring(grads, plan.added, home.shown.views, adds)
+            self.reached[row] = _either(self.reached[row], flags)
+            return
+        left = plan.others
+        if plan.copies:
+            for copies in plan.copies:
+                left = left + copies.copy(grads)
+            mark_written([segment.rows for segment in self.segments])
+        if left:
+            self._bring(grads, left, home.shown.views, adds)
+        for gap in plan.gaps:
+            gap.zero_()
+        self.reached[row] = plan.flags
 
     def end(self, shown: int | None = None) -> None:
         """Give every ``p.grad`` back.
@@ -318,13 +340,16 @@ class GradientRows(Generic[Place]):
         self.recording = None
         _BEING_RECORDED.difference_update(self._identities)
         before, self._before = self._before, []
-        for parameter, grad in zip(self.parameters, before, strict=True):
-            parameter.grad = grad
+        self._sweep.give(before)
         if shown is not None:
-            views = self._row(shown).shown
-            for i, has in enumerate(self.reached[shown]):
-                if has and self._shows[i]:
-                    self.parameters[i].grad = views[i]
+            flags = self.reached[shown]
+            if not self._all_show:
+                flags = tuple([a and b for a, b in zip(flags, self._shows, strict=True)])
+            self._row(shown).shown.show(self._sweep, flags, hides=False)
+
+    def show(self, shown: Shown, flags: tuple[bool, ...]) -> None:
+        """Make ``p.grad`` of the flagged parameters their views, that of the others None."""
+        shown.show(self._sweep, flags, hides=True)
 
     def check_not_recording(self, call: str) -> None:
         """Raise RuntimeError inside ``record``."""
@@ -350,37 +375,32 @@ class GradientRows(Generic[Place]):
 
     def lie_where_they_did(self) -> bool:
         """Whether every parameter's memory and shape are what they were: the quick question."""
-        parameters = self.parameters
-        return (
-            [parameter.data_ptr() for parameter in parameters] == self.addresses
-            and [parameter.shape for parameter in parameters] == self._shapes
-            and [parameter.dtype for parameter in parameters] == self._dtypes
-        )
+        return self._sweep.is_unchanged()
 
     def _row(self, row: int) -> _Row:
         found = self._rows[row]
         if found is None:
-            found = self._rows[row] = _Row(self.segments, row, self._hooked)
+            found = self._rows[row] = _Row(self.segments, row, self._plain)
         return found
 
-    def _dense(self, grads: list[Tensor | None], positions: Sequence[int]) -> list[Tensor]:
-        """The gradients of parameters that have one, sparse ones made dense."""
-        return [
-            grad if grad.layout is torch.strided else self._densified(grad, i)
-            for grad, i in zip(grads, positions, strict=True)
-            if grad is not None
-        ]
-
-    def _bring(self, grad: Tensor | None, view: Tensor, index: int, adds: bool) -> None:
-        """Bring home a large gradient that is not there yet."""
-        if grad is None:
-            return
-        if grad.layout is not torch.strided:
-            grad = self._densified(grad, index)
-        if adds:
-            view.add_(grad)
-        elif grad.data_ptr() != view.data_ptr() or grad.stride() != view.stride():
-            view.copy_(grad)
+    def _bring(
+        self, grads: Sequence[Tensor | None], positions: Sequence[int], views: Sequence[Tensor], adds: bool
+    ) -> None:
+        """Copy the gradients at these positions to their places, or add them, as far as they are not there already."""
+        places, sources = [], []
+        for i in positions:
+            grad, view = grads[i], views[i]
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                grad = self._densified(grad, i)
+            elif not adds and grad.data_ptr() == view.data_ptr() and grad.stride() == view.stride():
+                continue  # a hook brought it
+            places.append(view)
+            sources.append(grad)
+        if sources:
+            with torch.no_grad():
+                (torch._foreach_add_ if adds else torch._foreach_copy_)(places, sources)
 
     def _densified(self, grad: Tensor, index: int) -> Tensor:
         count, size = len(self.reached) + 1, columns_of(grad) * grad.element_size()

@@ -14,11 +14,11 @@ ROW_BYTES = 128
 """Rows lie multiples of this apart, a GPU's cache line: unaligned ones cannot be read 16 bytes at a time."""
 
 HUGE_BYTES = 1 << 22
-"""From this size on a block on the CPU asks for huge pages. Mapping 40 MB page by page takes longer than filling them."""
+"""From this size on a block on the CPU asks for huge pages: to map 40 MB page by page takes longer than to fill it."""
 
 
 def fresh(shape: Sequence[int] | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory without a value, as ``torch.empty``; a large block on the CPU is mapped in huge pages where there are some.
+    """Memory without a value, as ``torch.empty``; a large block on the CPU is mapped in huge pages where there are.
 
     Measured in bench/README.md, "Fresh memory".
     """

@@ -262,7 +262,7 @@ BAD_METHODS = {
     "length a loss": (fc.ConFIG(length=lambda norms, cosines: norms), ValueError, ("length", "(3,)", "one number")),
     "length of no kind": (fc.ConFIG(length=lambda norms, cosines: "long"), TypeError, ("length", "'long'")),
     "length raises": (fc.ConFIG(length=raise_from_length), ArithmeticError, ("from the callable",)),
-    "text": ("config", TypeError, ("method", "'config'", "fc.ConFIG()")),
+    "no such name": ("confg", ValueError, ("method", "'confg'", "is it 'config'")),
     "number": (0, TypeError, ("method", "got 0", "fc.ConFIG()")),
     "class": (fc.ConFIG, TypeError, ("method", "ConFIG", "fc.ConFIG()")),
     "too few": (Returning(torch.ones(2)), ValueError, ("Returning.weights", "(2,)", "(3,)", "one weight a loss")),

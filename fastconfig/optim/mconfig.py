@@ -352,8 +352,7 @@ class MConFIG(Optimizer):
                 "`with optimizer.record(loss):` first"
             )
         rows = self._rows
-        if [parameter.data_ptr() for parameter in rows.parameters] != rows.addresses:
-            rows.check_parameters()  # which says what is wrong
+        rows.check_parameters()
 
     def _after_record(self, loss: int, slot: int, adds: bool, complete: bool) -> None:
         """A block of ``record`` has ended."""

@@ -1,0 +1,95 @@
+"""Sweeps over all parameters, in the compiled core where it is: a loop of Python takes several times as long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastconfig.backends import cpu
+
+__all__ = ["Copies", "Sweep"]
+
+
+class PlainSweep:
+    """What is asked of, and done to, every parameter of a tuple: what the core's ``Sweep`` does, in Python.
+
+    Args:
+        parameters: the parameters, kept.
+    """
+
+    def __init__(self, parameters: tuple[Tensor, ...]) -> None:
+        self._parameters = parameters
+        self._made = self._now()
+
+    def _now(self) -> list[tuple[int, torch.dtype, torch.Size]]:
+        return [(parameter.data_ptr(), parameter.dtype, parameter.shape) for parameter in self._parameters]
+
+    def is_unchanged(self) -> bool:
+        """Whether every parameter's memory, dtype and shape are what they were when this was made."""
+        return self._now() == self._made
+
+    def take(self) -> tuple[list[Tensor | None], tuple[bool, ...]]:
+        """Every ``p.grad``, which is None from here on; and for each whether there was one."""
+        grads = [parameter.grad for parameter in self._parameters]
+        flags = tuple([grad is not None for grad in grads])
+        self.give([None] * len(grads))
+        return grads, flags
+
+    def give(self, grads: Sequence[Tensor | None]) -> None:
+        """Set every ``p.grad``."""
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            parameter.grad = grad
+
+    def show(
+        self, aliases: list[Tensor], addresses: list[int], flags: tuple[bool, ...], hides: bool, begin: int
+    ) -> int:
+        """Make ``p.grad`` the alias of each parameter with a true flag, from position ``begin`` on.
+
+        Args:
+            aliases: one a parameter.
+            addresses: where each is to lie.
+            flags: one a parameter.
+            hides: set ``p.grad`` of the others to None; else leave it.
+            begin: the first position.
+
+        Returns:
+            The first position whose alias lies elsewhere or requires a gradient, before which this ends; -1 at the end.
+        """
+        for i in range(begin, len(flags)):
+            if not flags[i]:
+                if hides:
+                    self._parameters[i].grad = None
+                continue
+            if aliases[i].data_ptr() != addresses[i] or aliases[i].requires_grad:
+                return i
+            self._parameters[i].grad = aliases[i]
+        return -1
+
+
+class PlainCopies:
+    """Gradients on the CPU that are to be copied whole, in Python: all are left to the caller.
+
+    Args:
+        copies: of each, its position among the parameters, the address to copy it to, and its bytes.
+        dtype: which a gradient must be of.
+        layout: likewise.
+    """
+
+    def __init__(self, copies: list[tuple[int, int, int]], dtype: torch.dtype, layout: torch.layout) -> None:
+        del dtype, layout
+        self._positions = [position for position, _, _ in copies]
+
+    def copy(self, grads: Sequence[Tensor | None]) -> list[int]:
+        """Copy each that is contiguous, of that dtype and layout. The positions of the others."""
+        del grads
+        return self._positions
+
+
+if TYPE_CHECKING or cpu.available() is not None:
+    Sweep = PlainSweep
+    Copies = PlainCopies
+else:
+    from fastconfig._core import Copies, Sweep
