@@ -25,12 +25,16 @@ TITLES = {
     "combination": "one combination",
     "method": "one combination by each method",
     "step": "one step of M-ConFIG, one loss backpropagated before it",
+    "training": "a training step: forward and backward passes, combination, optimizer",
+    "fresh": "a result that is not given, and a buffer's first step",
 }
 
 COLUMNS = {
     "combination": ("time", "/ floor", "fastconfig is", "error", "least cosine", "peak, n elements"),
     "method": ("time", "/ ConFIG, in turns", "torchjd", "torchjd / fastconfig, in turns"),
     "step": ("time", "/ floor", "fastconfig is", "/ floor, in turns"),
+    "training": ("time", "/ summed loss", "over backward, in turns", "step() alone"),
+    "fresh": ("time", "/ the other, in turns"),
 }
 
 
@@ -63,7 +67,7 @@ def summary(case: dict) -> dict:
     stats = case["stats"]
     return {
         **case["extra_info"],
-        "median_s": stats["median"],
+        "median_s": case["extra_info"].get("median_override_s", stats["median"]),
         "q1_s": stats["q1"],
         "q3_s": stats["q3"],
         "rounds": stats["rounds"],
@@ -111,13 +115,21 @@ def grouped(cases: list[dict]) -> Iterator[list[dict]]:
 
 def row_of(case: dict, times: dict[str, float]) -> Iterator[str]:
     seconds, name = case["median_s"], case["contender"]
-    yield f"{case['m']}, {case['n']:.0e}, {case['dtype']}"
+    yield f"{case['m']}, {case['n']:.1e}, {case['dtype']}"
     yield name
     yield time_of(seconds)
     if case["kind"] == "method":
         yield f"{case['of_config_in_turns']:.2f}"
         yield time_of(case["torchjd_s"]) if "torchjd_s" in case else ""
         yield f"{case['torchjd_in_turns']:,.1f}" if "torchjd_s" in case else ""
+        return
+    if case["kind"] == "training":
+        yield f"{seconds / times['Adam, summed loss']:.2f}" if "Adam, summed loss" in times else ""
+        yield f"{100 * case['over_backward']:+.1f} %" if "over_backward" in case else ""
+        yield time_of(case["step_s"]) if "step_s" in case else ""
+        return
+    if case["kind"] == "fresh":
+        yield f"{case['of_other_in_turns']:.2f}"
         return
     yield f"{seconds / times['floor']:.2f}" if "floor" in times else ""
     yield f"{seconds / times['fastconfig']:.1f} × faster" if name != "floor" and "fastconfig" in times else ""

@@ -39,7 +39,7 @@ def test_another_projects_distribution_is_noticed(monkeypatch):
         return there[name]
 
     monkeypatch.setattr(importlib.metadata, "metadata", metadata)
-    told = shown()["warning"]
+    told = shown()["warning"].strip()
     assert told.startswith("the distribution fastconfig 0.2.0 (Finds a project's root) is installed, too")
     assert "pip uninstall fastconfig, and install fastconfig-torch once more" in told
     there["fastconfig-torch"] = there["fastconfig"]

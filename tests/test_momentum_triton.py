@@ -26,7 +26,7 @@ GUARD = -7.0
 DEFAULT = fc.ConFIG().rule
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory", "one_thread"),
+    pytest.mark.usefixtures("interpreter", "poisoned_memory", "one_thread"),
     # The interpreter is numpy, which speaks of inf·0.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered"),
 ]

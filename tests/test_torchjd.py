@@ -177,7 +177,7 @@ def test_without_torchjd_the_error_says_how_to_get_it(monkeypatch):
     fc.torchjd._classes.cache_clear()
     try:
         for make in (fc.torchjd.weighting, fc.torchjd.aggregator):
-            with pytest.raises(ImportError, match=r"needs torchjd: pip install 'fastconfig\[torchjd\]'"):
+            with pytest.raises(ImportError, match=r"needs torchjd: pip install torchjd$"):
                 make(fc.MGDA())
     finally:
         fc.torchjd._classes.cache_clear()

@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "padded", "vectors", "aligned"]
 KERNELS = ["config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses"]
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory", "one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ NUMBERS = {
 }
 PREFERRED = [kind for kind in NUMBERS if kind not in ("mgda", "imtlg")]
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory", "one_thread")
 
 
 @pytest.fixture(autouse=True)
