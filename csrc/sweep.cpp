@@ -86,8 +86,11 @@ public:
         return {std::move(grads), std::move(flags)};
     }
 
-    void give(const py::list& grads) const {
-        for (size_t i = 0; i < addresses_.size(); ++i) set_grad(at(i), PyList_GET_ITEM(grads.ptr(), i));
+    void give(const py::list& grads, bool are_none) const {
+        for (size_t i = 0; i < addresses_.size(); ++i) {
+            PyObject* grad = PyList_GET_ITEM(grads.ptr(), i);
+            if (grad != Py_None || !are_none) set_grad(at(i), grad);
+        }
     }
 
     // The first alias that no longer lies where its view does, or -1; up to there it is shown.

@@ -35,6 +35,9 @@ Stale = Literal["warn", "error", "use"]
 _EMPTY, _NEW, _USED = 0, 1, 2
 """What a row is: zero; recorded since the last combination; of a step before that."""
 
+_STEPS_A_BLOCK = 16
+"""How many steps' K and c share a block of memory."""
+
 
 class Scaler(Protocol):
     """What ``combine`` asks of a ``torch.amp.GradScaler``."""
@@ -235,23 +238,15 @@ class GradientBuffer:
         If a callable or a backward pass raises, every row is zeroed: rows of two steps are never combined.
         """
         given = self._in_order(losses)
-        for i, loss in enumerate(given):
-            if isinstance(loss, Tensor):
-                _check_loss(loss, self._given(i))
-            elif loss is not None and not callable(loss):
-                raise TypeError(
-                    f"{self._given(i)} must be a tensor, a callable that returns one, or None where the batch has no "
-                    f"labels for it, got {loss!r}"
-                )
-        if all(loss is None for loss in given) and not accumulate:
-            raise ValueError("every loss is None, so there is nothing to backpropagate; leave this batch out")
-        last_tensor = max((i for i, loss in enumerate(given) if isinstance(loss, Tensor)), default=-1)
+        last_tensor = self._check_losses(given, accumulate)
         rows = self._rows
         rows.check_not_recording("backward")
-        adds = []
-        for i in range(self._num_losses):
-            adds.append(self._adds(i, accumulate, "backward"))  # noqa: PERF401 - a warning counts the frames
-        self._outside.before([loss for loss in given if isinstance(loss, Tensor)], rows, any(adds))
+        adds = [False] * self._num_losses
+        if _NEW in self._states:
+            for i in range(self._num_losses):
+                adds[i] = self._adds(i, accumulate, "backward")
+        if not self._outside.is_done:
+            self._outside.before([loss for loss in given if isinstance(loss, Tensor)], rows, any(adds))
         rows.begin("backward")
         try:
             for i, loss in enumerate(given):
@@ -265,16 +260,16 @@ class GradientBuffer:
                     _backward(loss, retain_graph or i < last_tensor)
                 else:
                     value = loss()
-                    _check_loss(value, self._given(i))
+                    _check_loss(value, i, self._given)
                     self._outside.see(value, rows)
                     _backward(value, retain_graph=False)
                 rows.close(i, adds[i])
                 self._states[i], self._absent[i] = _NEW, False
         except BaseException:
-            rows.end()
+            rows.end(complete=False)
             self.zero()
             raise
-        rows.end()
+        rows.end(complete=True)
         self._outside.after()
 
     def combine(
@@ -315,16 +310,14 @@ class GradientBuffer:
             self._watch.check("combine")
         if stale not in ("warn", "error", "use"):
             raise ValueError(f"stale must be 'warn', 'error' or 'use', got {stale!r}")
-        reached = tuple([any(flags) for flags in zip(*rows.reached, strict=True)])
-        if not any(reached):
+        reached = self._reached()
+        if True not in reached:
             raise RuntimeError(self._why_nothing())
         rule = self._method_of(method)
         if stale != "use" and _NEW in self._states and _USED in self._states:
             self._tell_stale(rule, stale)
         home = self.segments[0].device
-        m = self._num_losses
-        kept = torch.empty(m + 1, m, dtype=torch.float64, device=home)
-        gramian, weights = kept[:m], kept[m]
+        gramian, weights = self._fresh_record()
         scale = None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64, device=home))
         segments = [(segment.description, segment.grad) for segment in self.segments]
         try:
@@ -433,11 +426,13 @@ class GradientBuffer:
         self._watch = Watch(self._source, wanted, "GradientBuffer")
         places = {id(parameter): i for i, parameter in enumerate(self._rows.parameters)}
         self._places = None if names is None else {names[id(p)]: places[id(p)] for p in wanted}  # in the order given
+        self._reached_of: tuple[list[tuple[bool, ...]], tuple[bool, ...]] | None = None
+        self._records: list[tuple[Tensor, Tensor]] = []
         self._shown = Shown([view for segment in self.segments for view in segment.views(segment.grad)])
 
     def _in_order(self, losses: Sequence[Loss] | Mapping[str, Loss] | Mapping[int, Loss]) -> Sequence[Loss]:
         """The m losses as ``backward`` was given them, by row."""
-        if isinstance(losses, Mapping):
+        if not isinstance(losses, (list, tuple)) and isinstance(losses, Mapping):
             by_row = {self._losses.index(key): loss for key, loss in losses.items()}
             if missing := [self._losses.argument(i) for i in range(self._num_losses) if i not in by_row]:
                 raise ValueError(
@@ -455,6 +450,23 @@ class GradientBuffer:
                 "labels in this batch"
             )
         return losses
+
+    def _check_losses(self, losses: Sequence[Loss], accumulate: bool | None) -> int:
+        """TypeError, ValueError where one cannot be. The position of the last tensor, -1 where there is none."""
+        last, is_any = -1, False
+        for i, loss in enumerate(losses):
+            if isinstance(loss, Tensor):
+                _check_loss(loss, i, self._given)
+                last = i
+            elif loss is not None and not callable(loss):
+                raise TypeError(
+                    f"{self._given(i)} must be a tensor, a callable that returns one, or None where the batch has no "
+                    f"labels for it, got {loss!r}"
+                )
+            is_any = is_any or loss is not None
+        if not is_any and not accumulate:
+            raise ValueError("every loss is None, so there is nothing to backpropagate; leave this batch out")
+        return last
 
     def _adds(self, row: int, accumulate: bool | None, call: str) -> bool:
         """Whether what is recorded next is to be added to the row."""
@@ -498,6 +510,27 @@ class GradientBuffer:
         if stale == "error":
             raise RuntimeError(message)
         self._warn("stale", message)
+
+    def _reached(self) -> tuple[bool, ...]:
+        """For each parameter, whether a row has a part of its gradient."""
+        rows, known = self._rows.reached, self._reached_of
+        if is_dynamo_compiling():
+            return tuple([any(flags) for flags in zip(*rows, strict=True)])
+        if known is None or known[0] != rows:
+            known = self._reached_of = list(rows), tuple([any(flags) for flags in zip(*rows, strict=True)])
+        return known[1]
+
+    def _fresh_record(self) -> tuple[Tensor, Tensor]:
+        """Memory for K (m, m) and c (m,), float64, cut from a block for several steps: a view costs 2 µs."""
+        m, home = self._num_losses, self.segments[0].device
+        if is_dynamo_compiling():
+            kept = torch.empty(m + 1, m, dtype=torch.float64, device=home)
+            return kept[:m], kept[m]
+        if not self._records:
+            with torch.inference_mode(False):
+                block = torch.empty(_STEPS_A_BLOCK, m + 1, m, dtype=torch.float64, device=home)
+            self._records = list(zip(block[:, :m].unbind(), block[:, m].unbind(), strict=True))
+        return self._records.pop()
 
     def _method_of(self, method: Method | StreamingMethod | str | None) -> Method | StreamingMethod:
         """The method; one given by name is made once, as it may remember."""
@@ -606,14 +639,16 @@ def _checked_part(part: str, name: str) -> str:
     return part
 
 
-def _check_loss(loss: Tensor, given: str) -> None:
+def _check_loss(loss: Tensor, index: int, given: Callable[[int], str]) -> None:
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{given} must return a tensor, got {type(loss).__name__}")
+        raise TypeError(f"{given(index)} must return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
-        raise ValueError(f"{given} must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()")
+        raise ValueError(
+            f"{given(index)} must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()"
+        )
     if not loss.requires_grad:
         raise ValueError(
-            f"{given} does not require grad, so no gradient can come of it; compute it from the parameters, "
+            f"{given(index)} does not require grad, so no gradient can come of it; compute it from the parameters, "
             "outside torch.no_grad() and without .detach() or .item()"
         )
 

@@ -29,10 +29,13 @@ class OutsideParameters:
         self._parameters: dict[int, Parameter] = {}
         self._left: list[tuple[Parameter, Tensor]] = []
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has looked."""
+        return self._steps >= 2
+
     def before(self, losses: Sequence[Tensor], rows: GradientRows[Place], goes_on: bool) -> None:
         """A step begins, with these losses' graphs; or goes on, with another micro-batch."""
-        if self._steps >= 2:
-            return
         if self._steps == 1 and not goes_on:
             self._look()
         for loss in losses if self._steps == 0 else ():

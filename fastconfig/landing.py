@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from types import TracebackType
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,8 +77,8 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-_BEING_RECORDED: set[int] = set()
-"""The identities of parameters over which a buffer or optimizer records now; it keeps them alive meanwhile."""
+_RECORDING: list[GradientRows[Any]] = []
+"""Those that record now: one, but for those over other parameters."""
 
 
 class Shown:
@@ -223,6 +223,7 @@ class GradientRows(Generic[Place]):
     def __init__(self, segments: Sequence[Place], count: int, owner: str) -> None:
         self.segments = tuple(segments)
         self.parameters = tuple(parameter for segment in segments for parameter in segment.parameters)
+        self._matrices = [segment.rows for segment in segments]
         self._nothing = (False,) * len(self.parameters)
         self.reached: list[tuple[bool, ...]] = [self._nothing] * count
         self.recording: str | None = None
@@ -290,14 +291,14 @@ class GradientRows(Generic[Place]):
         """
         self.check_not_recording(call)
         self.check_parameters()
-        if _BEING_RECORDED and not _BEING_RECORDED.isdisjoint(self._identities):
+        if _RECORDING and not all(self._identities.isdisjoint(other._identities) for other in _RECORDING):
             raise RuntimeError(
                 f"{call} was called while another buffer or optimizer over some of the same parameters records; leave "
                 "that `with` block first: a gradient can only go to one row"
             )
         self._before = self._sweep.take()[0]
         self.recording = call
-        _BEING_RECORDED.update(self._identities)
+        _RECORDING.append(self)
 
     def open(self, row: int, call: str, adds: bool) -> None:
         """From here on gradients are of this row. They wait in ``p.grad`` where they are to be added to it."""
@@ -323,24 +324,25 @@ class GradientRows(Generic[Place]):
         if plan.copies:
             for copies in plan.copies:
                 left = left + copies.copy(grads)
-            mark_written([segment.rows for segment in self.segments])
+            mark_written(self._matrices)
         if left:
             self._bring(grads, left, home.shown.views, adds)
         for gap in plan.gaps:
             gap.zero_()
         self.reached[row] = plan.flags
 
-    def end(self, shown: int | None = None) -> None:
+    def end(self, complete: bool, shown: int | None = None) -> None:
         """Give every ``p.grad`` back.
 
         Args:
+            complete: whether the last row was closed, so that every ``p.grad`` is None now.
             shown: a row whose parameters' ``p.grad`` shows it instead, where it may be of the row's dtype.
         """
         self._landing.home = None
         self.recording = None
-        _BEING_RECORDED.difference_update(self._identities)
+        _RECORDING.remove(self)
         before, self._before = self._before, []
-        self._sweep.give(before)
+        self._sweep.give(before, complete)
         if shown is not None:
             flags = self.reached[shown]
             if not self._all_show:
@@ -458,7 +460,7 @@ class Recording:
                 self._rows.close(self._row, self._adds)
                 complete = True
         finally:
-            self._rows.end(self._row if self._shown and complete else None)
+            self._rows.end(complete, self._row if self._shown and complete else None)
             if not complete:
                 self._rows.forget(self._row)
             self._done(complete)

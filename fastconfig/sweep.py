@@ -35,13 +35,14 @@ class PlainSweep:
         """Every ``p.grad``, which is None from here on; and for each whether there was one."""
         grads = [parameter.grad for parameter in self._parameters]
         flags = tuple([grad is not None for grad in grads])
-        self.give([None] * len(grads))
+        self.give([None] * len(grads), False)
         return grads, flags
 
-    def give(self, grads: Sequence[Tensor | None]) -> None:
-        """Set every ``p.grad``."""
+    def give(self, grads: Sequence[Tensor | None], are_none: bool) -> None:
+        """Set every ``p.grad``; where all ``are_none`` now, those alone that are to be something else."""
         for parameter, grad in zip(self._parameters, grads, strict=True):
-            parameter.grad = grad
+            if grad is not None or not are_none:
+                parameter.grad = grad
 
     def show(
         self, aliases: list[Tensor], addresses: list[int], flags: tuple[bool, ...], hides: bool, begin: int

@@ -18,6 +18,9 @@ from fastconfig.moments import Moments, Piece, Recorded
 
 State = MutableMapping[Tensor, Any]
 
+_MOST_RECORDED = 64
+"""Choices of losses whose description is kept."""
+
 
 class _Place(NamedTuple):
     """Where a parameter's columns are."""
@@ -71,6 +74,7 @@ class Averages:
             for parameter, first in zip(segment.parameters, segment.starts, strict=True)
         ]
         self._foreign = [place for place in self._places if place.values is not place.memory]
+        self._recorded: dict[tuple[int, ...], list[Recorded]] = {}
         self._gradients = [segment.rows.unbind() for segment in segments]
         self._reached: list[bool] = [False] * len(self._places)
         self._active: list[Segment] = []
@@ -106,10 +110,12 @@ class Averages:
             resting = {i for i, needs in enumerate(needing) if not (needs and self._reached[i])}
             self._active = [self._segment_without(resting, s) for s in range(len(self.moments))]
             self._needing = needing
-        return [
-            (segment, Recorded(losses, rows[: len(losses)]))
-            for segment, rows in zip(self._active, self._gradients, strict=True)
-        ]
+        recorded = self._recorded.get(losses)
+        if recorded is None:
+            if len(self._recorded) >= _MOST_RECORDED:
+                self._recorded.clear()
+            recorded = self._recorded[losses] = [Recorded(losses, rows[: len(losses)]) for rows in self._gradients]
+        return list(zip(self._active, recorded, strict=True))
 
     def reach(self, positions: Iterable[int], state: State) -> None:
         """Count parameters as reached, and make ``state`` show their averages, as views."""

@@ -25,6 +25,8 @@ class Segment:
         step = first.stride(0) * first.element_size()
         self._kept = (moments, pieces)  # the core reads and writes them by address
         self._m = m
+        self._rules: tuple[StepRule, _core.StepRule] | None = None
+        self._recorded: dict[int, tuple[Recorded, _core.Recorded]] = {}
         self._native = _core.MomentumSegment(
             first.data_ptr(), step, m, second.data_ptr(), n, cpu.DTYPES[first.dtype], addresses
         )
@@ -61,8 +63,8 @@ class Segment:
     ) -> None:
         """As reference.Segment.step, in one call into the core."""
         bad = self._native.step(
-            _native_recorded(recorded),
-            _native_rule(rule),
+            self._native_recorded(recorded),
+            self._native_rule(rule),
             cpu.native_rule(method, self._m),
             0,
             scales.data_ptr(),
@@ -75,6 +77,26 @@ class Segment:
         )
         if bad != _core.FINITE:
             raise NonFiniteError(bad)
+
+    def _native_recorded(self, recorded: Recorded) -> _core.Recorded:
+        """Of the same object the same one: an optimizer keeps its own, one for each choice of losses."""
+        known = self._recorded.get(id(recorded))
+        if known is None or known[0] is not recorded:
+            if len(self._recorded) >= _MOST_RECORDED:
+                self._recorded.clear()
+            known = self._recorded[id(recorded)] = recorded, _native_recorded(recorded)
+        return known[1]
+
+    def _native_rule(self, rule: StepRule) -> _core.StepRule:
+        """Likewise, but where a learning rate is a tensor, which may have been filled anew."""
+        if any(isinstance(group.lr, Tensor) for group in rule.groups):
+            return _native_rule(rule)
+        if self._rules is None or self._rules[0] is not rule:
+            self._rules = rule, _native_rule(rule)
+        return self._rules[1]
+
+
+_MOST_RECORDED = 64
 
 
 def _native_recorded(recorded: Recorded) -> _core.Recorded:
