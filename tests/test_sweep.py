@@ -96,7 +96,7 @@ def test_copies_take_what_they_can_and_name_the_rest():
 def test_an_error_of_a_parameter_comes_through(kind):
     given = parameters()
     made = kind(given)
-    with pytest.raises(RuntimeError, match="shape|size"):
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         made.give([torch.ones(7), None, None, None], False)
     with pytest.raises(AttributeError):
         kind((object(),))
