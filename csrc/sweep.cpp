@@ -60,10 +60,16 @@ public:
         }
     }
 
+    bool lies_where_it_did() const {
+        for (size_t i = 0; i < addresses_.size(); ++i)
+            if (address_of(at(i)) != addresses_[i]) return false;
+        return true;
+    }
+
     bool is_unchanged() const {
+        if (!lies_where_it_did()) return false;
         for (size_t i = 0; i < addresses_.size(); ++i) {
             PyObject* parameter = at(i);
-            if (address_of(parameter) != addresses_[i]) return false;
             if (attribute(parameter, names().dtype).ptr() != dtypes_[i].ptr()) return false;
             const int same = PyObject_RichCompareBool(attribute(parameter, names().shape).ptr(), shapes_[i].ptr(), Py_EQ);
             if (same < 0) throw py::error_already_set();
@@ -142,7 +148,8 @@ public:
                 left.append(copy.position);
                 continue;
             }
-            std::memcpy(reinterpret_cast<void*>(copy.to), reinterpret_cast<const void*>(address_of(grad)), copy.bytes);
+            // Whoever assigned a gradient may have made it of the row's own memory.
+            std::memmove(reinterpret_cast<void*>(copy.to), reinterpret_cast<const void*>(address_of(grad)), copy.bytes);
         }
         return left;
     }
@@ -157,6 +164,7 @@ private:
 void add_sweeps(py::module_& module) {
     py::class_<Sweep>(module, "Sweep")
         .def(py::init<py::tuple>())
+        .def("lies_where_it_did", &Sweep::lies_where_it_did)
         .def("is_unchanged", &Sweep::is_unchanged)
         .def("take", &Sweep::take)
         .def("give", &Sweep::give)

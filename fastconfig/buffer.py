@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, overload
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Module
 
 from fastconfig import landing, step_hook
 from fastconfig.backends.rules import NonFiniteError
@@ -395,12 +396,10 @@ class GradientBuffer:
         """As deepcopy: pickled together with its model, it comes back over that model's parameters."""
         return _rebuilt, self._parts()
 
-    def _parts(self) -> tuple[Parameters, int | list[str], dict[str, Any]]:
-        """What a copy is made of."""
+    def _parts(self) -> tuple[Parameters, Module | None, int | list[str], dict[str, Any]]:
+        """What a copy is made of. A module that holds the buffer is not whole yet while that is copied."""
         names, tensors = self._source.names, self._source.tensors
         given: Parameters = tensors if names is None else [(names[id(tensor)], tensor) for tensor in tensors]
-        if self._source.module is not None:
-            given = self._source.module
         state = {
             "rows": [(segment.rows.clone(), segment.grad.clone()) for segment in self.segments],
             "parameters": list(self._rows.parameters),
@@ -410,7 +409,8 @@ class GradientBuffer:
             "methods": dict(self._methods),
             "combination": self.combination,
         }
-        return given, list(self.names) if self._losses.named else self._num_losses, state
+        losses = list(self.names) if self._losses.named else self._num_losses
+        return given, self._source.module, losses, state
 
     def _build(self, kept: Sequence[Tensor] = ()) -> None:
         """Rows for the parameters that need a gradient, and for those to be kept though they need none now."""
@@ -609,7 +609,9 @@ class GradientBuffer:
         self._rows.show(self._shown, reached)
 
 
-def _rebuilt(given: Parameters, num_losses: int | list[str], state: dict[str, Any]) -> GradientBuffer:
+def _rebuilt(
+    given: Parameters, module: Module | None, num_losses: int | list[str], state: dict[str, Any]
+) -> GradientBuffer:
     """A buffer as ``GradientBuffer._parts`` took it apart."""
     buffer = GradientBuffer(given, num_losses)
     buffer._build(kept=state["parameters"])
@@ -619,6 +621,7 @@ def _rebuilt(given: Parameters, num_losses: int | list[str], state: dict[str, An
     buffer._rows.reached[:] = state["reached"]
     buffer._states, buffer._absent = list(state["states"]), list(state["absent"])
     buffer._methods, buffer.combination = state["methods"], state["combination"]
+    buffer._source.belongs_to(module)
     return buffer
 
 

@@ -364,7 +364,7 @@ class GradientRows(Generic[Place]):
     def check_parameters(self) -> None:
         """Raise RuntimeError where a parameter is no longer the one the rows were made for."""
         compiling = is_dynamo_compiling()  # then no address can be read; what filled the rows did read them
-        if not compiling and self.lie_where_they_did():
+        if not compiling and self._sweep.is_unchanged():
             return
         for i, (parameter, made_for) in enumerate(zip(self.parameters, self._made_for, strict=True)):
             now = Made.of(parameter, made_for.address if compiling else parameter.data_ptr())
@@ -376,8 +376,8 @@ class GradientRows(Generic[Place]):
                 )
 
     def lie_where_they_did(self) -> bool:
-        """Whether every parameter's memory and shape are what they were: the quick question."""
-        return self._sweep.is_unchanged()
+        """Whether every parameter's memory is where it was: the quick question."""
+        return self._sweep.lies_where_it_did()
 
     def _row(self, row: int) -> _Row:
         found = self._rows[row]

@@ -34,7 +34,7 @@ class Source:
     def __init__(self, parameters: Parameters) -> None:
         self.module = parameters if isinstance(parameters, Module) else None
         self.tensors, self.names = _with_names(parameters)
-        self._watched: list[Mapping[str, object]] = []
+        self._watched: list[Mapping[str, object]] | None = None
         self._identities: list[int] = []
         self._look()
 
@@ -51,8 +51,16 @@ class Source:
         """Those given whose identity is not among the trained."""
         return [tensor for tensor in self.tensors if id(tensor) not in trained]
 
+    def belongs_to(self, module: Module | None) -> None:
+        """Be of a module that may still be under construction, as in a copy: what it is made of is seen when asked."""
+        self.module = module
+        self._watched = None
+
     def has_other_modules(self) -> bool:
         """Whether a module or parameter within the module is not the object that it was: the quick question."""
+        if self._watched is None:
+            self._look()
+            return False
         return [id(value) for values in self._watched for value in values.values()] != self._identities
 
     def label(self, tensor: Tensor) -> str:
@@ -64,8 +72,11 @@ class Source:
 
     def _look(self) -> None:
         modules = list(self.module.modules()) if self.module is not None else []
-        self._watched = [values for module in modules for values in (module._parameters, module._modules)]
-        self._identities = [id(value) for values in self._watched for value in values.values()]
+        watched: list[Mapping[str, object]] = [
+            values for module in modules for values in (module._parameters, module._modules)
+        ]
+        self._watched = watched
+        self._identities = [id(value) for values in watched for value in values.values()]
 
 
 class Watch:

@@ -27,6 +27,10 @@ class PlainSweep:
     def _now(self) -> list[tuple[int, torch.dtype, torch.Size]]:
         return [(parameter.data_ptr(), parameter.dtype, parameter.shape) for parameter in self._parameters]
 
+    def lies_where_it_did(self) -> bool:
+        """Whether every parameter's memory is where it was when this was made: the quicker question."""
+        return [parameter.data_ptr() for parameter in self._parameters] == [made[0] for made in self._made]
+
     def is_unchanged(self) -> bool:
         """Whether every parameter's memory, dtype and shape are what they were when this was made."""
         return self._now() == self._made

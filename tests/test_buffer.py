@@ -653,6 +653,22 @@ def test_a_copy_made_with_its_model_is_over_the_copied_parameters(given, way):
     assert not torch.equal(twin[0].weight, model[0].weight)
 
 
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_model_that_holds_its_buffer_is_copied_with_it(way):
+    model, x = build("mlp")
+    model.buf = fc.GradientBuffer(model, 3)
+    twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    for network in (model, twin):
+        network.buf.backward(losses_of(network, x))
+        network.buf.combine()
+    assert torch.equal(twin.buf.grad, model.buf.grad)
+    assert twin[0].weight.grad.data_ptr() == twin.buf.grad.data_ptr()
+    twin[2] = nn.Linear(6, 3)
+    twin.buf.backward(losses_of(twin, x))
+    with pytest.raises(RuntimeError, match=r"'2.weight'.*was replaced"):
+        twin.buf.combine()
+
+
 def test_sparse_gradients_land_like_dense_ones():
     words = torch.tensor([0, 2, 2])
     rows = []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastconfig as fc
 
@@ -31,3 +35,63 @@ def test_nothing_advises_to_install_the_other_project():
     files += (ROOT / "docs").glob("*.md")
     assert len(files) > 50
     assert [str(file) for file in files if advice.search(file.read_text())] == []
+
+
+@pytest.fixture
+def set_up(tmp_path, monkeypatch):
+    """The script that makes the virtual environment, with a folder of its own, and pip not really called."""
+    path = ROOT / ".ci" / "set-up"
+    loader = importlib.machinery.SourceFileLoader("set_up", str(path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    module = types.ModuleType("set_up")
+    module.__file__ = str(path)
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    site = tmp_path / ".venv" / "lib" / "python3" / "site-packages"
+    site.mkdir(parents=True)
+    (tmp_path / ".venv" / "bin").mkdir()
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    module.calls = []
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(module.subprocess, "run", lambda command, **_: module.calls.append(command) or done)
+    monkeypatch.delenv("TORCH", raising=False)
+    return module, site
+
+
+def test_the_demos_environment_is_pinned_and_offers_the_torch_that_is_there(set_up, capsys):
+    module, site = set_up
+    assert module.main("demo") == 0
+    (command,) = module.calls
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    assert command[1:] == ["-m", "pip", "install", *constraints, "--editable", ".[demo]"]
+    told = capsys.readouterr().out
+    assert "3 GB" in told
+    assert f"has PyTorch {torch.__version__}" in told
+    assert "make demo TORCH=installed" in told
+    assert not list(site.iterdir())
+
+
+def test_an_installed_torch_is_used_on_request(set_up, capsys, monkeypatch):
+    module, site = set_up
+    monkeypatch.setenv("TORCH", "installed")
+    assert module.main("demo") == 0
+    (command,) = module.calls
+    assert "--constraint" not in command
+    (linked,) = site.glob("*.pth")
+    assert str(Path(torch.__file__).parents[1]) in linked.read_text().splitlines()
+    monkeypatch.delenv("TORCH")
+    assert module.main("test") == 0  # later, in the same environment
+    assert "--constraint" not in module.calls[1]
+
+
+def test_a_torch_that_will_not_do_is_not_offered(set_up, capsys, monkeypatch):
+    module, _ = set_up
+    monkeypatch.setattr(module, "version", lambda name: "2.3.1")
+    assert module.main("demo") == 0
+    assert "TORCH=installed" not in capsys.readouterr().out
+    monkeypatch.setenv("TORCH", "installed")
+    assert module.main("demo") == 1
+    assert "has no PyTorch from 2.4 on" in capsys.readouterr().err
+    monkeypatch.setenv("TORCH", "mine")
+    assert module.main("demo") == 1
+    assert "TORCH must be 'installed' or not set, got 'mine'" in capsys.readouterr().err

@@ -49,11 +49,13 @@ def test_changes(kind):
     ):
         given = parameters()
         made = kind(given)
-        assert made.is_unchanged()
         given[0].data.add_(1.0)
         assert made.is_unchanged()
+        assert made.lies_where_it_did()
+        address = given[0].data_ptr()
         change(given[0])
         assert not made.is_unchanged()
+        assert made.lies_where_it_did() == (given[0].data_ptr() == address)
 
 
 @pytest.mark.parametrize("kind", SWEEPS)

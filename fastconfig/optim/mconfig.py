@@ -352,7 +352,8 @@ class MConFIG(Optimizer):
                 "`with optimizer.record(loss):` first"
             )
         rows = self._rows
-        rows.check_parameters()
+        if not rows.lie_where_they_did():  # shape and dtype were looked at by record
+            rows.check_parameters()  # which says what is wrong
 
     def _after_record(self, loss: int, slot: int, adds: bool, complete: bool) -> None:
         """A block of ``record`` has ended."""
