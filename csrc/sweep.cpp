@@ -51,7 +51,7 @@ std::uintptr_t address_of(PyObject* tensor) {
 }
 
 class Sweep {
-public:
+ public:
     explicit Sweep(py::tuple parameters) : parameters_(std::move(parameters)) {
         for (const py::handle parameter : parameters_) {
             addresses_.push_back(address_of(parameter.ptr()));
@@ -71,7 +71,8 @@ public:
         for (size_t i = 0; i < addresses_.size(); ++i) {
             PyObject* parameter = at(i);
             if (attribute(parameter, names().dtype).ptr() != dtypes_[i].ptr()) return false;
-            const int same = PyObject_RichCompareBool(attribute(parameter, names().shape).ptr(), shapes_[i].ptr(), Py_EQ);
+            const int same =
+                PyObject_RichCompareBool(attribute(parameter, names().shape).ptr(), shapes_[i].ptr(), Py_EQ);
             if (same < 0) throw py::error_already_set();
             if (same == 0) return false;
         }
@@ -114,7 +115,7 @@ public:
         return -1;
     }
 
-private:
+ private:
     PyObject* at(size_t index) const { return PyTuple_GET_ITEM(parameters_.ptr(), index); }
 
     py::tuple parameters_;
@@ -124,7 +125,7 @@ private:
 
 // Gradients on the CPU that are to be copied whole: each with its place among the parameters, and where it goes.
 class Copies {
-public:
+ public:
     struct Copy {
         std::int64_t position;
         std::uintptr_t to;
@@ -154,7 +155,7 @@ public:
         return left;
     }
 
-private:
+ private:
     std::vector<Copy> copies_;
     py::object dtype_, layout_;
 };
