@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from fastconfig import landing, step_hook
 from fastconfig.backends.rules import NonFiniteError
@@ -203,6 +204,8 @@ class GradientBuffer:
         """
         row = self._losses.index(loss)
         adds = self._adds(row, accumulate, self._calls[row])
+        if not self._outside.is_done and _NEW not in self._states:
+            self._outside.before((), self._rows, goes_on=False)
         return Recording(self._rows, row, self._calls[row], adds, False, partial(self._recorded, row))
 
     def backward(
@@ -365,16 +368,17 @@ class GradientBuffer:
             return self._sum_of_gramians([segment.description for segment in self.segments])
         return {part: self._sum_of_gramians(rows) for part, rows in self._rows_of_parts(by).items()}
 
-    def has_new_rows(self) -> bool:
-        """Whether rows were recorded and not combined since."""
-        return _NEW in self._states
-
-    def holds_any(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether one of these parameters has columns here."""
-        return self._rows.overlaps(parameters)
-
-    def tell_not_combined(self) -> None:
-        """Warn, once, that an optimizer steps over parameters of this buffer whose rows were not combined."""
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Look, before an optimizer's step, at what of a loop is easily forgotten; for ``step_hook``."""
+        is_new = _NEW in self._states
+        if not is_new and self._outside.is_done:
+            return
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not self._rows.overlaps(stepped):
+            return
+        if not is_new:
+            self._outside.stepping(stepped, self._rows)
+            return
         self._warn(
             "not combined",
             "optimizer.step() was called after new rows of a GradientBuffer and without its combine(), so it takes "

@@ -20,14 +20,15 @@ _MOST_NODES = 100_000
 class OutsideParameters:
     """Looks once whether the heads outside a buffer gather their gradients over the steps, as without ``zero_grad()``.
 
-    The graphs of the first step's losses tell which parameters are outside; the second step, whether they still have
-    the gradient of the first. Then it is over: no later step pays for it.
+    The graphs of the first step's losses, where they are given, and the optimizer that steps over the buffer's
+    parameters tell which parameters are outside; the second step, whether they still have the gradient of the first.
+    Then it is over: no later step pays for it.
     """
 
     def __init__(self) -> None:
         self._steps = 0
         self._parameters: dict[int, Parameter] = {}
-        self._left: list[tuple[Parameter, Tensor]] = []
+        self._left: list[tuple[Tensor, Tensor]] = []
 
     @property
     def is_done(self) -> bool:
@@ -52,6 +53,12 @@ class OutsideParameters:
             self._steps = 1
             self._left = [(p, p.grad) for p in self._parameters.values() if p.grad is not None]
             self._parameters = {}
+
+    def stepping(self, parameters: Sequence[Tensor], rows: GradientRows[Place]) -> None:
+        """An optimizer steps over the buffer's parameters and others."""
+        self._steps = 1
+        known = {id(parameter) for parameter, _ in self._left}
+        self._left += [(p, p.grad) for p in parameters if p.grad is not None and not rows.has(p) and id(p) not in known]
 
     def _look(self) -> None:
         self._steps = 2

@@ -449,7 +449,11 @@ class Recording:
 
     def __enter__(self) -> None:
         self._rows.begin(self._call)
-        self._rows.open(self._row, self._call, self._adds)
+        try:
+            self._rows.open(self._row, self._call, self._adds)
+        except BaseException:  # then nobody calls __exit__
+            self._rows.end(complete=False)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

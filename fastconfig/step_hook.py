@@ -1,36 +1,28 @@
-"""What is asked before an optimizer's step: whether a buffer has rows that were not combined."""
+"""Buffers hear of every optimizer's step: whether rows were not combined before it, and what it steps besides."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
-from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torchs
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 
-class Uncombined(Protocol):
-    """What may have to be combined before an optimizer steps."""
+class Listener(Protocol):
+    """What hears of an optimizer's step."""
 
-    def has_new_rows(self) -> bool:
-        """Whether rows were recorded and not combined since."""
-
-    def holds_any(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether it is over one of these."""
-
-    def tell_not_combined(self) -> None:
-        """Warn that an optimizer steps without them."""
+    def before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step, over parameters of this buffer or others."""
 
 
-_LIVING: weakref.WeakSet[Uncombined] = weakref.WeakSet()
+_LIVING: weakref.WeakSet[Listener] = weakref.WeakSet()
 
 
-def watch(buffer: Uncombined) -> None:
-    """Have every optimizer's step ask this buffer first, as long as it lives."""
+def watch(buffer: Listener) -> None:
+    """Tell this buffer of every optimizer's step, as long as it lives."""
     _LIVING.add(buffer)
     _register()
 
@@ -52,5 +44,4 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     if is_dynamo_compiling():
         return
     for buffer in _LIVING:
-        if buffer.has_new_rows() and any(buffer.holds_any(group["params"]) for group in optimizer.param_groups):
-            buffer.tell_not_combined()
+        buffer.before_step(optimizer)

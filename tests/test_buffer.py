@@ -463,6 +463,25 @@ def test_heads_whose_gradients_are_reset_are_no_concern(to_none, given):
         buf.combine()
 
 
+@pytest.mark.parametrize("resets", [True, False])
+def test_heads_that_gather_are_noticed_where_losses_are_recorded(resets, recwarn):
+    """The optimizer's step tells of them."""
+    model, x = TwoHeads(), torch.randn(5, 4)
+    buf = fc.GradientBuffer(model.body, num_losses=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        if resets:
+            optimizer.zero_grad()
+        for i in range(2):
+            with buf.record(i):
+                model(x)[i].square().mean().backward()
+        buf.combine()
+        optimizer.step()
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (0 if resets else 1)
+    assert resets or "4 parameters outside the GradientBuffer" in told[0]
+
+
 def test_heads_that_gather_are_noticed_where_losses_are_callables_too():
     model, x = TwoHeads(), torch.randn(5, 4)
     buf = fc.GradientBuffer(model.body, num_losses=2)
