@@ -86,6 +86,12 @@ def test_a_missing_or_unknown_command_is_refused(capsys, arguments):
     assert "error" in refused(capsys, arguments)
 
 
+@pytest.mark.parametrize("name", ["ConFIG", "pcgrad", "NASHMTL"])
+def test_a_method_is_named_in_letters_of_either_case(name):
+    arguments = cli._parsers()[0].parse_args(["demo", "burgers", "--method", name])
+    assert arguments.method == name.lower()
+
+
 def test_methods_lists_every_method_with_its_source(capsys):
     assert cli.main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()

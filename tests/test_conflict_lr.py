@@ -345,3 +345,9 @@ def test_arguments_that_cannot_be(options, error, message):
         fc.ConflictAwareLR(**{"optimizer": optimizer, "buffer": Script(), **options})
     assert optimizer.step.__name__ == "step"
     assert "initial_lr" not in optimizer.param_groups[0]
+
+
+def test_repr_is_a_line():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = fc.ConflictAwareLR(optimizer, Script(), threshold=-0.25)
+    assert repr(scheduler) == "ConflictAwareLR(factor=1, threshold=-0.25, shrink=0.5, grow=1.1, min_factor=0.01)"
