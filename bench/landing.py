@@ -81,7 +81,7 @@ def gradient_buffer(problem: Problem) -> Call:
     buffer = fc.GradientBuffer(problem.parameters, ROWS)
 
     def call() -> None:
-        with buffer.record(0):
+        with buffer.record(0, accumulate=False):
             problem.loss.backward(retain_graph=True)
 
     return call
