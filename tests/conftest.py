@@ -26,7 +26,7 @@ if not torch.cuda.is_available() and os.environ.get("FASTCONFIG_NEWEST_TRITON"):
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastconfig import backends
+from fastconfig import backends, landing, sweep
 from fastconfig.backends import BACKENDS
 
 if importlib.util.find_spec("hypothesis"):  # the tests that a bare machine with a GPU runs do without
@@ -93,3 +93,13 @@ def lstsq_by_svd(monkeypatch):
     at (10, 1e4) one answer in a few hundred is 20 % off, which makes a poor oracle.
     """
     monkeypatch.setattr(torch.linalg, "lstsq", functools.partial(torch.linalg.lstsq, driver="gelsd"))
+
+
+@pytest.fixture(params=["hooked", "collected", "collected in Python"])
+def way_of_landing(request, monkeypatch):
+    """Gradients go home in a hook, as large ones do, or when the block ends; then by the core or without it."""
+    monkeypatch.setattr(landing, "HOOKED_BYTES", 0 if request.param == "hooked" else 1 << 60)
+    if request.param == "collected in Python":
+        monkeypatch.setattr(landing, "Sweep", sweep.PlainSweep)
+        monkeypatch.setattr(landing, "Copies", sweep.PlainCopies)
+    return request.param

@@ -9,17 +9,11 @@ import torch
 from torch import nn
 
 import fastconfig as fc
-from fastconfig import landing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread", "way_of_landing")
 
 PARTS = 4
 DISCARDS = r"discards gradients of the call before.*accumulate=True"
-
-
-@pytest.fixture(params=["hooked", "collected"])
-def way_of_landing(request, monkeypatch):
-    monkeypatch.setattr(landing, "HOOKED_BYTES", 0 if request.param == "hooked" else 1 << 60)
 
 
 def problem(dtypes=(torch.float64,)):

@@ -13,20 +13,9 @@ from oracle import as_numpy, assert_matches, config
 from torch import nn
 
 import fastconfig as fc
-from fastconfig import landing, sweep
 from fastconfig.memory import ROW_BYTES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread", "way_of_landing")
-
-
-@pytest.fixture(params=["hooked", "collected", "collected in Python"])
-def way_of_landing(request, monkeypatch):
-    """Gradients go home in a hook, as large ones do, or when the block ends; then by the core or without it."""
-    monkeypatch.setattr(landing, "HOOKED_BYTES", 0 if request.param == "hooked" else 1 << 60)
-    if request.param == "collected in Python":
-        monkeypatch.setattr(landing, "Sweep", sweep.PlainSweep)
-        monkeypatch.setattr(landing, "Copies", sweep.PlainCopies)
-    return request.param
 
 
 class TwoHeads(nn.Module):

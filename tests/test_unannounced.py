@@ -18,12 +18,6 @@ from fastconfig import landing
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread", "way_of_landing")
 
 
-@pytest.fixture(params=["hooked", "collected"])
-def way_of_landing(request, monkeypatch):
-    """Gradients go home in a hook, as large ones do, or when the block ends."""
-    monkeypatch.setattr(landing, "HOOKED_BYTES", 0 if request.param == "hooked" else 1 << 60)
-
-
 def rows_and_grads(buf, model):
     info = buf.combine()
     flat = torch.cat(
