@@ -174,7 +174,11 @@ class GradientBuffer:
         self._rows.check_not_recording("refresh")
         old, old_views = self._rows, [self._rows.shown(i).views for i in range(self._num_losses)]
         self._build(kept=old.parameters)
-        place = {id(parameter): i for i, parameter in enumerate(old.parameters)}
+        place = {
+            id(parameter): i
+            for i, (parameter, view) in enumerate(zip(old.parameters, old_views[0], strict=True))
+            if parameter.shape == view.shape  # else what its rows hold is of another parameter
+        }
         sources = [place.get(id(parameter)) for parameter in self._rows.parameters]
         for row in range(self._num_losses):
             for view, source in zip(self._rows.shown(row).views, sources, strict=True):

@@ -226,6 +226,22 @@ def test_what_changes_no_parameter_is_no_concern():
     assert buf.rows.shape[1] == sum(p.numel() for p in model.parameters())
 
 
+def test_a_refresh_after_the_parameters_moved():
+    """What had to be a new buffer may be a refreshed one: of the same shape it keeps its rows, in the new dtype."""
+    model = network()
+    buf = fc.GradientBuffer(model, 2)
+    backward(buf, model)
+    before = buf.rows.clone()
+    model.double()
+    model[2].bias.data = torch.zeros(2, 1)
+    with pytest.raises(RuntimeError, match="storage replaced"):
+        buf.combine()
+    buf.refresh()
+    assert buf.rows.dtype == torch.float64
+    assert torch.equal(buf.rows[:, :-2], before[:, :-2].double())
+    assert not buf.rows[:, -2:].any()
+
+
 def test_a_refresh_that_cannot_be_changes_nothing():
     model = network()
     buf, optimizer = fc.GradientBuffer(model, 2), fc.optim.MConFIG(model, num_losses=2)
