@@ -233,7 +233,7 @@ def test_a_refresh_after_the_parameters_moved():
     backward(buf, model)
     before = buf.rows.clone()
     model.double()
-    model[2].bias.data = torch.zeros(2, 1)
+    model[2].bias.data = torch.zeros(2, 1, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="storage replaced"):
         buf.combine()
     buf.refresh()
