@@ -418,7 +418,7 @@ class GradientRows(Generic[Place]):
 
 
 class Recording:
-    """One ``with`` block in which backward passes write a row of ``GradientRows``.
+    """One ``with`` block, and no second, in which backward passes write a row of ``GradientRows``.
 
     Args:
         rows: whose.
@@ -429,7 +429,7 @@ class Recording:
         done: called when the block has ended well, and with False when it raised.
     """
 
-    __slots__ = ("_adds", "_call", "_done", "_row", "_rows", "_shown")
+    __slots__ = ("_adds", "_call", "_done", "_entered", "_row", "_rows", "_shown")
 
     def __init__(
         self,
@@ -446,8 +446,12 @@ class Recording:
         self._adds = adds
         self._shown = shown
         self._done = done
+        self._entered = False
 
     def __enter__(self) -> None:
+        if self._entered:  # whether it adds was asked of the rows as they were
+            raise RuntimeError(f"{self._call} serves one `with` block; call record again for the next")
+        self._entered = True
         self._rows.begin(self._call)
         try:
             self._rows.open(self._row, self._call, self._adds)

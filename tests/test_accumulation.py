@@ -138,6 +138,17 @@ def test_a_micro_batch_that_raises_ends_the_accumulation():
     buf.combine()
 
 
+@pytest.mark.parametrize("make", [fc.GradientBuffer, lambda p, m: fc.optim.MConFIG(p, num_losses=m)])
+def test_a_record_serves_one_block(make):
+    """Whether it adds is decided when it is made."""
+    weight = nn.Parameter(torch.ones(2))
+    block = make([weight], 1).record(0, accumulate=True)
+    with block:
+        weight.sum().backward()
+    with pytest.raises(RuntimeError, match=r"record\(0\) serves one `with` block"), block:
+        pytest.fail("the block was entered")
+
+
 def test_no_second_set_of_rows():
     """A micro-batch holds its own gradient, n elements, beside the rows."""
     weight = nn.Parameter(torch.ones(1000, 1000))
