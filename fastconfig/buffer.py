@@ -207,10 +207,7 @@ class GradientBuffer:
                 or a parameter is no longer the one the buffer was made for.
         """
         row = self._losses.index(loss)
-        adds = self._adds(row, accumulate, self._calls[row])
-        if not self._outside.is_done and _NEW not in self._states:
-            self._outside.before((), self._rows, goes_on=False)
-        return Recording(self._rows, row, self._calls[row], adds, False, partial(self._recorded, row))
+        return Recording(self._rows, partial(self._prepared, row, accumulate), self._recorded, False)
 
     def backward(
         self,
@@ -476,7 +473,7 @@ class GradientBuffer:
             raise ValueError("every loss is None, so there is nothing to backpropagate; leave this batch out")
         return last
 
-    def _adds(self, row: int, accumulate: bool | None, call: str) -> bool:
+    def _adds(self, row: int, accumulate: bool | None, call: str, frames: int = 4) -> bool:
         """Whether what is recorded next is to be added to the row."""
         if self._states[row] != _NEW:
             return False
@@ -485,11 +482,20 @@ class GradientBuffer:
                 "discarded",
                 f"{call} discards gradients of the call before, which were never combined; say accumulate=True to add "
                 "up micro-batches, or accumulate=False where that is meant",
+                frames,
             )
         return bool(accumulate)
 
-    def _recorded(self, row: int, complete: bool) -> None:
+    def _prepared(self, row: int, accumulate: bool | None) -> tuple[int, str, bool]:
+        """A block of ``record`` is entered."""
+        adds = self._adds(row, accumulate, self._calls[row], frames=5)
+        if not self._outside.is_done and _NEW not in self._states:
+            self._outside.before((), self._rows, goes_on=False, frames=5)
+        return row, self._calls[row], adds
+
+    def _recorded(self, row: int, adds: bool, complete: bool) -> None:
         """A block of ``record`` has ended."""
+        del adds
         self._states[row], self._absent[row] = (_NEW if complete else _EMPTY), False
 
     def _warn(self, kind: str, message: str, frames: int = 4) -> None:

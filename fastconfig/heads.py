@@ -35,10 +35,10 @@ class OutsideParameters:
         """Whether it has looked."""
         return self._steps >= 2
 
-    def before(self, losses: Sequence[Tensor], rows: GradientRows[Place], goes_on: bool) -> None:
-        """A step begins, with these losses' graphs; or goes on, with another micro-batch."""
+    def before(self, losses: Sequence[Tensor], rows: GradientRows[Place], goes_on: bool, frames: int = 4) -> None:
+        """A step begins, with these losses' graphs; or goes on, with another micro-batch. The user is frames away."""
         if self._steps == 1 and not goes_on:
-            self._look()
+            self._look(frames)
         for loss in losses if self._steps == 0 else ():
             self.see(loss, rows)
 
@@ -60,7 +60,7 @@ class OutsideParameters:
         known = {id(parameter) for parameter, _ in self._left}
         self._left += [(p, p.grad) for p in parameters if p.grad is not None and not rows.has(p) and id(p) not in known]
 
-    def _look(self) -> None:
+    def _look(self, frames: int) -> None:
         self._steps = 2
         left, self._left = self._left, []
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -72,7 +72,7 @@ class OutsideParameters:
                 "have the gradient of the step before, and add this one's to it; call optimizer.zero_grad() in every "
                 "step, as without a buffer",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=frames,
             )
 
 

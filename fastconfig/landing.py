@@ -418,43 +418,37 @@ class GradientRows(Generic[Place]):
 
 
 class Recording:
-    """One ``with`` block, and no second, in which backward passes write a row of ``GradientRows``.
+    """A ``with`` block in which backward passes write a row of ``GradientRows``.
 
     Args:
         rows: whose.
-        row: which.
-        call: the user's call, for errors.
-        adds: add to the row instead of beginning it anew.
+        prepare: called when the block is entered: which row, the user's call, for errors, and whether to add to the row
+            instead of beginning it anew.
+        done: called with the row, whether it was added to, and whether the block ended well, not by raising.
         shown: leave ``p.grad`` of the parameters that were reached as a view of the row, not what it was before.
-        done: called when the block has ended well, and with False when it raised.
     """
 
-    __slots__ = ("_adds", "_call", "_done", "_entered", "_row", "_rows", "_shown")
+    __slots__ = ("_adds", "_done", "_prepare", "_row", "_rows", "_shown")
 
     def __init__(
         self,
         rows: GradientRows[Place],
-        row: int,
-        call: str,
-        adds: bool,
+        prepare: Callable[[], tuple[int, str, bool]],
+        done: Callable[[int, bool, bool], None],
         shown: bool,
-        done: Callable[[bool], None],
     ) -> None:
         self._rows = rows
-        self._row = row
-        self._call = call
-        self._adds = adds
-        self._shown = shown
+        self._prepare = prepare
         self._done = done
-        self._entered = False
+        self._shown = shown
+        self._row = -1
+        self._adds = False
 
     def __enter__(self) -> None:
-        if self._entered:  # whether it adds was asked of the rows as they were
-            raise RuntimeError(f"{self._call} serves one `with` block; call record again for the next")
-        self._entered = True
-        self._rows.begin(self._call)
+        self._row, call, self._adds = self._prepare()
+        self._rows.begin(call)
         try:
-            self._rows.open(self._row, self._call, self._adds)
+            self._rows.open(self._row, call, self._adds)
         except BaseException:  # then nobody calls __exit__
             self._rows.end(complete=False)
             raise
@@ -471,7 +465,7 @@ class Recording:
             self._rows.end(complete, self._row if self._shown and complete else None)
             if not complete:
                 self._rows.forget(self._row)
-            self._done(complete)
+            self._done(self._row, self._adds, complete)
 
 
 def _either(some: tuple[bool, ...], others: tuple[bool, ...]) -> tuple[bool, ...]:

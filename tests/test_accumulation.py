@@ -138,15 +138,23 @@ def test_a_micro_batch_that_raises_ends_the_accumulation():
     buf.combine()
 
 
-@pytest.mark.parametrize("make", [fc.GradientBuffer, lambda p, m: fc.optim.MConFIG(p, num_losses=m)])
-def test_a_record_serves_one_block(make):
-    """Whether it adds is decided when it is made."""
+def test_a_record_is_of_the_moment_at_which_its_block_is_entered():
     weight = nn.Parameter(torch.ones(2))
-    block = make([weight], 1).record(0, accumulate=True)
-    with block:
-        weight.sum().backward()
-    with pytest.raises(RuntimeError, match=r"record\(0\) serves one `with` block"), block:
-        pytest.fail("the block was entered")
+    buf = fc.GradientBuffer([weight], 1)
+    block = buf.record(0, accumulate=True)
+    for _ in range(2):
+        for _ in range(3):
+            with block:
+                weight.sum().backward()
+        assert buf.rows.tolist() == [[3.0, 3.0]]
+        buf.combine()
+    optimizer = fc.optim.MConFIG([weight], num_losses=2, losses_per_step=2)
+    blocks = [optimizer.record(i) for i in range(2)]
+    for i in (1, 0):
+        with blocks[i]:
+            ((i + 1) * weight.sum()).backward()
+    optimizer.step()
+    assert optimizer.combination.norms.tolist() == pytest.approx([2**0.5, 8**0.5])
 
 
 def test_no_second_set_of_rows():
@@ -189,7 +197,7 @@ def test_an_optimizer_says_how_to_add_up_and_forgets_a_step_that_broke():
     with optimizer.record(0, accumulate=True):
         weight.sum().backward()
     with pytest.raises(ValueError, match=r"loss 0 was already recorded.*accumulate=True"):
-        optimizer.record(0)
+        optimizer.record(0).__enter__()
     with optimizer.record(1, accumulate=True):
         weight.sum().backward()
     with pytest.raises(ArithmeticError), optimizer.record(0, accumulate=True):

@@ -214,12 +214,18 @@ class MConFIG(Optimizer):
 
         Raises:
             TypeError, IndexError: no such loss.
-            ValueError: the loss was already recorded for this step and ``accumulate`` is False, or ``losses_per_step``
-                other losses were.
+            ValueError: entered where the loss was already recorded for this step and ``accumulate`` is False, or
+                ``losses_per_step`` other losses were.
             RuntimeError: entered inside another ``record`` over some of the same parameters, or a parameter is no
                 longer the one that the optimizer was made for.
         """
         index = self._losses.index(loss)
+        return Recording(
+            self._rows, partial(self._prepared, index, accumulate), partial(self._after_record, index), True
+        )
+
+    def _prepared(self, index: int, accumulate: bool) -> tuple[int, str, bool]:
+        """A block of ``record`` is entered."""
         call = self._calls[index]
         if self._failed:  # the user goes on with another batch
             self._forget()
@@ -235,7 +241,7 @@ class MConFIG(Optimizer):
                 f"{call} would make {slot + 1} losses in this step, more than losses_per_step={slot}; call "
                 "step() first, or make the optimizer with a larger losses_per_step"
             )
-        return Recording(self._rows, slot, call, adds, True, partial(self._after_record, index, slot, adds))
+        return slot, call, adds
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget what was recorded for the next step, and reset every ``p.grad`` as any optimizer does."""
