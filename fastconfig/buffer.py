@@ -388,6 +388,10 @@ class GradientBuffer:
             frames=5,
         )
 
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether a parameter has columns here."""
+        return self._rows.has(parameter)
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{seg.rows.shape[1]} {str(seg.dtype)[6:]} on {seg.device}" for seg in self.segments)
         losses = list(self.names) if self._losses.named else self._num_losses

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fastconfig import step_hook
 from fastconfig.landing import GradientRows, Place
 
 _MOST_NODES = 100_000
@@ -65,7 +66,11 @@ class OutsideParameters:
         left, self._left = self._left, []
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return  # to look at values would wait, which a captured graph cannot
-        old = [parameter for parameter, grad in left if parameter.grad is grad and bool(grad.any())]
+        old = [
+            parameter
+            for parameter, grad in left
+            if parameter.grad is grad and not step_hook.is_held(parameter) and bool(grad.any())
+        ]
         if old:
             warnings.warn(
                 f"{len(old)} parameters outside the GradientBuffer, the first of shape {tuple(old[0].shape)}, still "

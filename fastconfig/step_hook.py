@@ -6,6 +6,7 @@ import weakref
 from functools import lru_cache
 from typing import Protocol
 
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torchs
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -17,6 +18,9 @@ class Listener(Protocol):
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, over parameters of this buffer or others."""
 
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether the parameter has columns in this buffer."""
+
 
 _LIVING: weakref.WeakSet[Listener] = weakref.WeakSet()
 
@@ -25,6 +29,11 @@ def watch(buffer: Listener) -> None:
     """Tell this buffer of every optimizer's step, as long as it lives."""
     _LIVING.add(buffer)
     _register()
+
+
+def is_held(parameter: Tensor) -> bool:
+    """Whether a living buffer has columns of the parameter."""
+    return any(buffer.holds(parameter) for buffer in _LIVING)
 
 
 def is_watched_by_others() -> bool:

@@ -29,6 +29,9 @@ if not torch.cuda.is_available():
 from fastconfig import backends, landing, sweep
 from fastconfig.backends import BACKENDS
 
+# What PyTorch says once a process it says in every test: else the order in which they run would decide which one fails.
+torch.set_warn_always(True)
+
 if importlib.util.find_spec("hypothesis"):  # the tests that a bare machine with a GPU runs do without
     import hypothesis
 

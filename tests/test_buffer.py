@@ -471,6 +471,23 @@ def test_heads_that_gather_are_noticed_where_losses_are_recorded(resets, recwarn
     assert resets or "4 parameters outside the GradientBuffer" in told[0]
 
 
+def test_parameters_of_another_buffer_are_no_concern():
+    """Two buffers, of trunk and heads, under one optimizer and without zero_grad, which buffers do not need."""
+    model, x = TwoHeads(), torch.randn(5, 4)
+    trunk, heads = (
+        fc.GradientBuffer(model.body, 2),
+        fc.GradientBuffer([*model.a.parameters(), *model.b.parameters()], 2),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        for buf in (trunk, heads):
+            a, b = model(x)
+            buf.backward([a.square().mean(), b.abs().mean()])
+            buf.combine()
+        trunk.combine()  # what the other's backward passes left in the trunk is replaced
+        optimizer.step()
+
+
 def test_heads_that_gather_are_noticed_where_losses_are_callables_too():
     model, x = TwoHeads(), torch.randn(5, 4)
     buf = fc.GradientBuffer(model.body, num_losses=2)
@@ -693,6 +710,7 @@ def test_sparse_gradients_land_like_dense_ones():
     assert torch.equal(rows[0], rows[1])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")  # what is tested
 def test_a_graph_of_the_gradient_is_not_kept_by_the_row():
     weight = nn.Parameter(torch.ones(3))
     buf = fc.GradientBuffer([weight], num_losses=1)
