@@ -35,6 +35,7 @@ class Source:
         self.module = parameters if isinstance(parameters, Module) else None
         self.tensors, self.names = _with_names(parameters)
         self._watched: list[Mapping[str, object]] | None = None
+        self._held: list[object] = []  # alive: else another object may get the identity of one that is gone
         self._identities: list[int] = []
         self._look()
 
@@ -76,7 +77,8 @@ class Source:
             values for module in modules for values in (module._parameters, module._modules)
         ]
         self._watched = watched
-        self._identities = [id(value) for values in watched for value in values.values()]
+        self._held = [value for values in watched for value in values.values()]
+        self._identities = list(map(id, self._held))
 
 
 class Watch:

@@ -171,7 +171,7 @@ def test_two_adapters_of_which_one_trains_at_a_time(make):
 # Layers that are replaced, added, or gone
 
 
-@pytest.mark.parametrize("change", ["layer", "parameter", "added"])
+@pytest.mark.parametrize("change", ["layer", "layer at the same place", "parameter", "added"])
 def test_a_replaced_layer_is_noticed(change):
     model = network()
     buf, optimizer = fc.GradientBuffer(model, 2), fc.optim.MConFIG(model, num_losses=2)
@@ -179,6 +179,9 @@ def test_a_replaced_layer_is_noticed(change):
     buf.combine()
     if change == "layer":
         model[2] = nn.Linear(4, 2)
+    elif change == "layer at the same place":  # in memory, as may be
+        del model[2]
+        model.append(nn.Linear(4, 2))
     elif change == "parameter":
         model[2].weight = nn.Parameter(model[2].weight.detach().clone())
     else:
