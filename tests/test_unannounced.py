@@ -181,7 +181,8 @@ def train_on_a_rank(rank: int, folder: str, hooked_bytes: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     landing.HOOKED_BYTES = hooked_bytes
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(0)
     model, x = Heads(), torch.randn(2, 5, 3)
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
@@ -195,9 +196,11 @@ def train_on_a_rank(rank: int, folder: str, hooked_bytes: int) -> None:
         buf.combine()
         optimizer.step()
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # a rank that leaves first breaks the other's connections
-    del parallel
-    torch.distributed.destroy_process_group()
+    # Both are done before either leaves, which would break the other's connections; and both leave at once, for now and
+    # then taking down gloo's threads in order aborts the process.
+    store.set(f"done {rank}", "")
+    store.wait([f"done {i}" for i in range(2)])
+    os._exit(0)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
