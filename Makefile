@@ -50,14 +50,15 @@ format: $(DEVELOPED)
 clean:
 	rm -rf .venv build *.egg-info fastconfig/_core*.so
 
-.venv/triton-%: $(DEVELOPED)
+# Whatever changes in the sources, a Triton that is there is the one that is wanted.
+.venv/triton-%: | $(DEVELOPED)
 	$(BIN)/python -m pip install --no-deps --target $@ triton==$*
 	touch $@
 
 .venv/.shown: $(SOURCES)
-	TORCH=$(TORCH) TARGET=demo $(PYTHON) .ci/set-up demo
+	TORCH=$(TORCH) TARGET='$(or $(MAKECMDGOALS),demo)' $(PYTHON) .ci/set-up demo
 	touch $@
 
 $(DEVELOPED): $(SOURCES)
-	TORCH=$(TORCH) TARGET=test $(PYTHON) .ci/set-up demo,test,bench,lint
+	TORCH=$(TORCH) TARGET='$(or $(MAKECMDGOALS),demo)' $(PYTHON) .ci/set-up demo,test,bench,lint
 	touch $@

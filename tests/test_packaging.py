@@ -84,6 +84,23 @@ def test_an_installed_torch_is_used_on_request(set_up, capsys, monkeypatch):
     assert "--constraint" not in module.calls[1]
 
 
+def test_an_installed_torch_is_found_wherever_this_python_sees_it(set_up, tmp_path, monkeypatch):
+    """As Debian's, which lies in another folder than what pip installs, and comes after it."""
+    module, site = set_up
+    debian = tmp_path / "dist-packages"
+    information = debian / "torch-2.6.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Name: torch\nVersion: 2.6.0\n")
+    own = tmp_path / "site-packages"
+    own.mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(own), str(debian)])
+    monkeypatch.setattr(module.site, "getsitepackages", lambda: [str(own), str(tmp_path / "absent")])
+    monkeypatch.setenv("TORCH", "installed")
+    assert module.main("demo") == 0
+    (linked,) = site.glob("*.pth")
+    assert linked.read_text().splitlines() == [str(own), str(debian)]
+
+
 def test_a_torch_that_will_not_do_is_not_offered(set_up, capsys, monkeypatch):
     module, _ = set_up
     monkeypatch.setattr(module, "version", lambda name: "2.3.1")
