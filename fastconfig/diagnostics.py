@@ -17,6 +17,8 @@ from fastconfig.version import __version__
 _DISTRIBUTION = "fastconfig-torch"
 _ANOTHER = "fastconfig"
 """Another project's distribution, which installs a package of the name that this one is imported by."""
+_COMMAND = "fastconfig.cli:main"
+"""The entry point that this library alone has, under whatever name it is installed."""
 
 _FORCING = ("FASTCONFIG_BACKEND", "FASTCONFIG_ISA", "FASTCONFIG_AUTOTUNE", "TRITON_INTERPRET")
 
@@ -51,12 +53,12 @@ def show_config(file: TextIO | None = None) -> None:
 def _state_of_another() -> dict[str, str]:
     """What is said of the distribution ``fastconfig``, where it is installed: its package lies in this one's folder."""
     try:
-        found = importlib.metadata.metadata(_ANOTHER)
+        found = importlib.metadata.distribution(_ANOTHER)
     except importlib.metadata.PackageNotFoundError:
         return {}
-    if found["Summary"] == _summary_of(_DISTRIBUTION):  # this library itself, as an old checkout still calls it
+    if any(entry.value == _COMMAND for entry in found.entry_points):  # this library, as an old checkout still calls it
         return {}
-    what = f"the distribution {_ANOTHER} {found['Version']} ({found['Summary']}) is installed, too"
+    what = f"the distribution {_ANOTHER} {found.version} ({found.metadata['Summary']}) is installed, too"
     remedy = f"run: pip uninstall {_ANOTHER}, and install {_DISTRIBUTION} once more"
     return {"warning": f"{what}, and is not this library, which is {_DISTRIBUTION}; {remedy}"}
 
@@ -86,13 +88,6 @@ def _state_of_tiers() -> str:
     if cpu.available() is not None:
         return "none: the compiled core is missing"
     return f"{cpu.active_tier()} (this machine runs {', '.join(cpu.tiers())})"
-
-
-def _summary_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.metadata(package)["Summary"]
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _version_of(package: str) -> str:

@@ -1,6 +1,5 @@
 """show_config says what runs here, and what is missing."""
 
-import importlib.metadata
 import io
 import os
 import subprocess
@@ -28,21 +27,18 @@ def test_versions_threads_backends_and_tier_are_shown():
     assert diagnostics.collect_config()["backend cpu"] == "ready, drives cpu tensors"
 
 
-def test_another_projects_distribution_is_noticed(monkeypatch):
+def test_another_projects_distribution_is_noticed(tmp_path, monkeypatch):
     """PyPI's fastconfig is not this library, and `pip install fastconfig` would write over it."""
     assert "warning" not in shown()
-    there = {"fastconfig": {"Version": "0.2.0", "Summary": "Finds a project's root"}}
-
-    def metadata(name):
-        if name not in there:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return there[name]
-
-    monkeypatch.setattr(importlib.metadata, "metadata", metadata)
+    information = tmp_path / "fastconfig-0.2.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Name: fastconfig\nVersion: 0.2.0\nSummary: Finds a project's root\n")
+    monkeypatch.syspath_prepend(tmp_path)
     told = shown()["warning"].strip()
     assert told.startswith("the distribution fastconfig 0.2.0 (Finds a project's root) is installed, too")
     assert "pip uninstall fastconfig, and install fastconfig-torch once more" in told
-    there["fastconfig-torch"] = there["fastconfig"]
+    # This library as an old checkout called it, whether or not it is also installed by its new name.
+    (information / "entry_points.txt").write_text("[console_scripts]\nfastconfig = fastconfig.cli:main\n")
     assert "warning" not in shown()
 
 
