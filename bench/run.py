@@ -33,7 +33,7 @@ COLUMNS = {
     "combination": ("time", "/ floor", "fastconfig is", "error", "least cosine", "peak, n elements"),
     "method": ("time", "/ ConFIG, in turns", "torchjd", "torchjd / fastconfig, in turns"),
     "step": ("time", "/ floor", "fastconfig is", "/ floor, in turns"),
-    "training": ("time", "/ summed loss", "over backward, in turns", "step() alone"),
+    "training": ("time, in turns", "/ summed loss", "over backward, in turns", "combine() or step()", "error"),
     "fresh": ("time", "/ the other, in turns"),
 }
 
@@ -64,13 +64,14 @@ def main() -> int:
 
 def summary(case: dict) -> dict:
     """What is kept of one case: its labels, and median and quartiles in seconds."""
-    stats = case["stats"]
+    stats, labels = case["stats"], case["extra_info"]
+    q1, q3 = labels.get("quartiles_override_s", (stats["q1"], stats["q3"]))
     return {
-        **case["extra_info"],
-        "median_s": case["extra_info"].get("median_override_s", stats["median"]),
-        "q1_s": stats["q1"],
-        "q3_s": stats["q3"],
-        "rounds": stats["rounds"],
+        **labels,
+        "median_s": labels.get("median_override_s", stats["median"]),
+        "q1_s": q1,
+        "q3_s": q3,
+        "rounds": labels.get("rounds_override", stats["rounds"]),
     }
 
 
@@ -126,7 +127,8 @@ def row_of(case: dict, times: dict[str, float]) -> Iterator[str]:
     if case["kind"] == "training":
         yield f"{seconds / times['Adam, summed loss']:.2f}" if "Adam, summed loss" in times else ""
         yield f"{100 * case['over_backward']:+.1f} %" if "over_backward" in case else ""
-        yield time_of(case["step_s"]) if "step_s" in case else ""
+        yield time_of(case["combine_s"]) if "combine_s" in case else ""
+        yield f"{case['error']:.1e}" if "error" in case else ""
         return
     if case["kind"] == "fresh":
         yield f"{case['of_other_in_turns']:.2f}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torchjd.aggregation as jd
 import torchjd.autojac as autojac
 from conflictfree.grad_operator import ConFIG_update
 from conflictfree.momentum_operator import PseudoMomentumOperator
-from conflictfree.utils import get_gradient_vector
+from conflictfree.utils import apply_gradient_vector, get_gradient_vector
 from torch import Tensor, nn
 
 import fastconfig as fc
@@ -20,8 +21,14 @@ from fastconfig.demos.burgers_problem import BurgersNetwork, Problem
 RATE = 1e-4
 BATCH = 128
 
-Losses = Callable[[], list[Tensor]]
-Loss = Callable[[int], Tensor]
+
+class Task(NamedTuple):
+    """A new network and its m losses: all of a batch, with the graph they share; or one alone."""
+
+    network: nn.Module
+    m: int
+    losses: Callable[[], list[Tensor]]
+    loss: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,24 +37,24 @@ class Model:
 
     Attributes:
         name: in tables.
-        m: losses.
+        kinds: loss i costs what loss i mod kinds does.
         threads: of torch, while it is measured; None for all.
-        make: a new network, and from it: all losses of a batch, with the graph they share; or one alone.
+        make: a task, the same every time.
     """
 
     name: str
-    m: int
+    kinds: int
     threads: int | None
-    make: Callable[[], tuple[nn.Module, Losses, Loss]]
+    make: Callable[[], Task]
 
 
-def burgers() -> tuple[nn.Module, Losses, Loss]:
+def burgers() -> Task:
     """The network of the demo, 12 tensors, each loss at points of its own."""
     network, problem = BurgersNetwork(seed=0), Problem(seed=0, device=torch.device("cpu"))
-    return network, lambda: [problem.loss(network, i) for i in range(3)], lambda i: problem.loss(network, i)
+    return Task(network, 3, lambda: [problem.loss(network, i) for i in range(3)], lambda i: problem.loss(network, i))
 
 
-def perceptron() -> tuple[nn.Module, Losses, Loss]:
+def perceptron() -> Task:
     """About 4e6 parameters in four layers; the losses are of parts of its output."""
     torch.manual_seed(0)
     network = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(1000, 1000), nn.Tanh())])
@@ -57,199 +64,270 @@ def perceptron() -> tuple[nn.Module, Losses, Loss]:
         parts = network(x).chunk(3, dim=1)
         return [(part - i).square().mean() for i, part in enumerate(parts)]
 
-    return network, losses, lambda i: losses()[i]
+    return Task(network, 3, losses, lambda i: losses()[i])
 
 
 class Heads(nn.Module):
-    """40 heads on a trunk of 5.6e5 parameters."""
+    """40 heads on a trunk of 5.6e5 parameters, and the batch that they see."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
         self.heads = nn.ModuleList(nn.Linear(512, 1) for _ in range(40))
+        self.inputs = torch.randn(BATCH, 64)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        z = self.trunk(x).relu()
-        return [head(z) for head in self.heads]
+    def features(self) -> Tensor:
+        """What the heads share."""
+        z: Tensor = self.trunk(self.inputs).relu()
+        return z
+
+    def loss(self, i: int, z: Tensor) -> Tensor:
+        """Loss i, from what the heads share."""
+        return (self.heads[i](z) - i).square().mean()
+
+    def losses(self, z: Tensor) -> list[Tensor]:
+        """All of them."""
+        return [self.loss(i, z) for i in range(len(self.heads))]
 
 
-def heads() -> tuple[nn.Module, Losses, Loss]:
+def heads() -> Task:
     """Losses of one trunk with a head each."""
     torch.manual_seed(0)
-    network, x = Heads(), torch.randn(BATCH, 64)
-
-    def losses() -> list[Tensor]:
-        return [(out - i).square().mean() for i, out in enumerate(network(x))]
-
-    return network, losses, lambda i: (network.heads[i](network.trunk(x).relu()) - i).square().mean()
+    network = Heads()
+    return Task(network, 40, lambda: network.losses(network.features()), lambda i: network.loss(i, network.features()))
 
 
-MODELS = [Model("Burgers", 3, 1, burgers), Model("MLP", 3, None, perceptron), Model("40 heads", 40, None, heads)]
+MODELS = [
+    Model("Burgers", 3, 1, burgers),
+    Model("MLP", 1, None, perceptron),
+    Model("40 heads", 1, None, heads),
+]
 
 Step = Callable[[], dict[str, float]]
 """One step, and of parts of it how many seconds they took, the forward pass left out."""
 
 
-def _elapsed(start: float) -> float:
-    return time.perf_counter() - start
+def _parameters(task: Task) -> list[Tensor]:
+    return list(task.network.parameters())
 
 
-def backward_passes(model: Model) -> Step:
+def _adam(task: Task) -> torch.optim.Adam:
+    return torch.optim.Adam(task.network.parameters(), lr=RATE)
+
+
+def backward_passes(task: Task) -> Step:
     """The m backward passes alone, which every method of gradients must do; nothing is done with the gradients."""
-    network, losses, _ = model.make()
-    parameters = list(network.parameters())
+    parameters = _parameters(task)
 
     def step() -> dict[str, float]:
-        values = losses()
+        values = task.losses()
         start = time.perf_counter()
-        for i, loss in enumerate(values):
-            loss.backward(retain_graph=i < model.m - 1)
+        for i, loss in enumerate(values, start=1):
+            loss.backward(retain_graph=i < len(values))
             for parameter in parameters:
                 parameter.grad = None
-        return {"backward": _elapsed(start)}
+        return {"backward": time.perf_counter() - start}
 
     return step
 
 
-def one_backward_pass(model: Model) -> Step:
-    """The backward pass of one loss, in turn."""
-    network, _, loss = model.make()
-    parameters, turn = list(network.parameters()), [0]
-
-    def step() -> dict[str, float]:
-        value = loss(turn[0])
-        turn[0] = (turn[0] + 1) % model.m
-        start = time.perf_counter()
-        value.backward()
-        for parameter in parameters:
-            parameter.grad = None
-        return {"backward": _elapsed(start)}
-
-    return step
-
-
-def adam(model: Model) -> Step:
-    """Adam on the summed loss: one backward pass, no method."""
-    network, losses, _ = model.make()
-    optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
+def backward_passes_and_adam(task: Task) -> Step:
+    """The m backward passes, whose gradients add up, and Adam: the least that a step of a method on gradients takes."""
+    optimizer = _adam(task)
 
     def step() -> dict[str, float]:
         optimizer.zero_grad()
-        torch.stack(losses()).sum().backward()
+        values = task.losses()
+        for i, loss in enumerate(values, start=1):
+            loss.backward(retain_graph=i < len(values))
         optimizer.step()
         return {}
 
     return step
 
 
-def fastconfig_buffer(model: Model) -> Step:
-    """A buffer over all parameters, ConFIG, Adam."""
-    network, losses, _ = model.make()
-    buffer = fc.GradientBuffer(network, model.m)
-    optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
+def one_backward_pass(task: Task) -> Step:
+    """The backward pass of one loss, in turn."""
+    parameters, turn = _parameters(task), [0]
 
     def step() -> dict[str, float]:
-        optimizer.zero_grad()
-        values = losses()
+        value = task.loss(turn[0])
+        turn[0] = (turn[0] + 1) % task.m
         start = time.perf_counter()
-        buffer.backward(values)
-        buffer.combine()
-        seconds = _elapsed(start)
-        optimizer.step()
-        return {"backward": seconds}
+        value.backward()
+        for parameter in parameters:
+            parameter.grad = None
+        return {"backward": time.perf_counter() - start}
 
     return step
 
 
-def fastconfig_mconfig(model: Model) -> Step:
+def adam(task: Task) -> Step:
+    """Adam on the summed loss: one backward pass, no method."""
+    optimizer = _adam(task)
+
+    def step() -> dict[str, float]:
+        optimizer.zero_grad()
+        torch.stack(task.losses()).sum().backward()
+        optimizer.step()
+        return {}
+
+    return step
+
+
+def fastconfig_buffer(task: Task) -> Step:
+    """A buffer over all parameters, ConFIG, Adam."""
+    buffer, optimizer = fc.GradientBuffer(task.network, task.m), _adam(task)
+
+    def step() -> dict[str, float]:
+        optimizer.zero_grad()
+        values = task.losses()
+        start = time.perf_counter()
+        buffer.backward(values)
+        landed = time.perf_counter()
+        buffer.combine()
+        combined = time.perf_counter()
+        optimizer.step()
+        return {"backward": combined - start, "combine": combined - landed}
+
+    return step
+
+
+def fastconfig_mconfig(task: Task) -> Step:
     """M-ConFIG, one loss a step."""
-    network, _, loss = model.make()
-    optimizer = fc.optim.MConFIG(network, lr=RATE, num_losses=model.m)
+    optimizer = fc.optim.MConFIG(task.network, lr=RATE, num_losses=task.m)
 
     def step() -> dict[str, float]:
         i = int(optimizer.next_loss())
-        value = loss(i)
+        value = task.loss(i)
         start = time.perf_counter()
         with optimizer.record(i):
             value.backward()
         recorded = time.perf_counter()
         optimizer.step()
-        return {"backward": _elapsed(start), "step": _elapsed(recorded)}
+        stepped = time.perf_counter()
+        return {"backward": stepped - start, "combine": stepped - recorded}
 
     return step
 
 
-def conflictfree_config(model: Model) -> Step:
+def conflictfree_config(task: Task) -> Step:
     """conflictfree as its documentation has it: a gradient vector a loss, ``ConFIG_update``, Adam."""
-    network, losses, _ = model.make()
-    optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
+    network, optimizer = task.network, _adam(task)
 
     def step() -> dict[str, float]:
-        values, grads = losses(), []
-        for i, loss in enumerate(values):
+        values, grads = task.losses(), []
+        for i, loss in enumerate(values, start=1):
             optimizer.zero_grad()
-            loss.backward(retain_graph=i < model.m - 1)
+            loss.backward(retain_graph=i < len(values))
             grads.append(get_gradient_vector(network, none_grad_mode="zero"))
-        update = ConFIG_update(grads)
-        position = 0
-        for parameter in network.parameters():  # its apply_gradient_vector leaves out a head that the last loss misses
-            parameter.grad = update[position : position + parameter.numel()].view_as(parameter)
-            position += parameter.numel()
+        apply_gradient_vector(network, ConFIG_update(grads), none_grad_mode="zero")
         optimizer.step()
         return {}
 
     return step
 
 
-def conflictfree_momentum(model: Model) -> Step:
-    """conflictfree's M-ConFIG, one loss a step, and SGD, as its update is Adam's already."""
-    network, _, loss = model.make()
-    optimizer, operator = torch.optim.SGD(network.parameters(), lr=RATE), PseudoMomentumOperator(model.m)
+def conflictfree_momentum(task: Task) -> Step:
+    """conflictfree's M-ConFIG, one loss a step, and SGD, as its update is Adam's already.
+
+    By ``calculate_gradient``: its ``update_gradient`` leaves out heads that a loss misses, and gives the one that it
+    does not miss another's update.
+    """
+    network = task.network
+    optimizer, operator = torch.optim.SGD(network.parameters(), lr=RATE), PseudoMomentumOperator(task.m)
     turn = [0]
 
     def step() -> dict[str, float]:
-        i, turn[0] = turn[0], (turn[0] + 1) % model.m
+        i, turn[0] = turn[0], (turn[0] + 1) % task.m
         optimizer.zero_grad()
-        loss(i).backward()
-        operator.update_gradient(network, i, get_gradient_vector(network, none_grad_mode="zero"))
+        task.loss(i).backward()
+        grad = get_gradient_vector(network, none_grad_mode="zero")
+        update = operator.calculate_gradient(i, grad)
+        apply_gradient_vector(network, update, none_grad_mode="zero")
         optimizer.step()
         return {}
 
     return step
 
 
-def torchjd_config(model: Model) -> Step:
-    """torchjd as its documentation has it: the Jacobian in one batched pass, its ConFIG, Adam."""
-    network, losses, _ = model.make()
-    optimizer, aggregator = torch.optim.Adam(network.parameters(), lr=RATE), jd.ConFIG()
-    shared = list(network.trunk.parameters() if isinstance(network, Heads) else network.parameters())
+def torchjd_step(task: Task, aggregator: jd.Aggregator) -> Step:
+    """torchjd as its documentation has it: the Jacobian in one batched pass, an aggregator, Adam.
+
+    With heads by ``mtl_backward``: they have gradients, the trunk alone a Jacobian.
+    """
+    network, optimizer = task.network, _adam(task)
+    shared = list((network.trunk if isinstance(network, Heads) else network).parameters())
 
     def step() -> dict[str, float]:
         optimizer.zero_grad()
-        if isinstance(network, Heads):  # mtl_backward: the heads have gradients, the trunk a Jacobian
-            z = network.trunk(network_input).relu()
-            values = [(head(z) - i).square().mean() for i, head in enumerate(network.heads)]
-            autojac.mtl_backward(values, features=z)
+        if isinstance(network, Heads):
+            z = network.features()
+            autojac.mtl_backward(network.losses(z), features=z)
         else:
-            autojac.backward(losses())
+            autojac.backward(task.losses())
         autojac.jac_to_grad(shared, aggregator)
         optimizer.step()
         return {}
 
-    torch.manual_seed(1)
-    network_input = torch.randn(BATCH, 64)
     return step
 
 
-CONTENDERS: dict[str, Callable[[Model], Step]] = {
+CONTENDERS: dict[str, Callable[[Task], Step]] = {
     "m backward passes": backward_passes,
+    "m backward passes, Adam": backward_passes_and_adam,
     "fastconfig, buffer": fastconfig_buffer,
-    "torchjd": torchjd_config,
+    "torchjd, ConFIG": lambda task: torchjd_step(task, jd.ConFIG()),
+    "torchjd, UPGrad": lambda task: torchjd_step(task, jd.UPGrad()),
     "conflictfree": conflictfree_config,
     "Adam, summed loss": adam,
     "fastconfig, M-ConFIG": fastconfig_mconfig,
     "conflictfree, M-ConFIG": conflictfree_momentum,
 }
 
-YARDSTICKS = {"fastconfig, buffer": backward_passes, "fastconfig, M-ConFIG": one_backward_pass}
+YARDSTICKS: dict[str, Callable[[Task], Step]] = {
+    "fastconfig, buffer": backward_passes,
+    "fastconfig, M-ConFIG": one_backward_pass,
+}
 """What a contender's backward passes and bookkeeping are compared with, in turns."""
+
+LOSS_BY_LOSS = ("fastconfig, M-ConFIG", "conflictfree, M-ConFIG")
+"""Those that backpropagate one loss a step, and move once every loss has been seen."""
+
+SUMS = ("Adam, summed loss", "m backward passes, Adam")
+
+
+def error_of(name: str, model: Model) -> float | None:
+    """How far the gradient that a contender's first step hands to its optimizer is from the float64 one, relatively.
+
+    None where a step has none to hand over.
+    """
+    if name in LOSS_BY_LOSS or name == "m backward passes":
+        return None
+    task = model.make()
+    CONTENDERS[name](task)()
+    given = torch.cat([parameter.grad.flatten() for parameter in _parameters(task) if parameter.grad is not None])
+    wanted = _wanted(name, model.make())
+    return float((given - wanted).norm() / wanted.norm())
+
+
+def _wanted(name: str, task: Task) -> Tensor:
+    """(n,) float64: the gradient that a contender should hand to its optimizer."""
+    rows = rows_of(task)
+    if name in SUMS:
+        return rows.sum(0)
+    shared = rows.shape[1]
+    if isinstance(task.network, Heads) and name.startswith("torchjd"):
+        shared = sum(parameter.numel() for parameter in task.network.trunk.parameters())
+    method = fc.UPGrad() if name.endswith("UPGrad") else fc.ConFIG()
+    return torch.cat([fc.combine(rows[:, :shared].contiguous(), method), rows[:, shared:].sum(0)])
+
+
+def rows_of(task: Task) -> Tensor:
+    """What autograd gives for each loss of a batch, (m, n) float64; zeros where a loss does not reach."""
+    rows, parameters = [], _parameters(task)
+    for loss in task.losses():
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        given = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, grads, strict=True)]
+        rows.append(torch.cat([grad.flatten() for grad in given]).double())
+    return torch.stack(rows)
