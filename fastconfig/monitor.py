@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastconfig.buffer import GradientBuffer
 from fastconfig.combination import Combination
-from fastconfig.history import ConflictHistory, write_header
+from fastconfig.history import ConflictHistory, names_in, write_header
 
 if TYPE_CHECKING:
     import pandas
@@ -435,22 +436,35 @@ def _check_has_modules(buffer: Combiner) -> GradientBuffer:
 
 def _begin_file(path: Path, names: Sequence[str], existing: Existing, first_step: int | None) -> int:
     """Begin a file, or make sure that the one that exists can be gone on with. The number of the first step."""
-    if existing == "append" and path.exists() and path.stat().st_size:
+    if existing == "append" and path.is_file() and not _is_only_begun(path, names):
+        with path.open(encoding="utf-8", newline="") as file:
+            try:
+                there_names = names_in(file)
+            except (ValueError, UnicodeDecodeError) as error:
+                raise ValueError(f"csv {str(path)!r} is no file of a ConflictMonitor ({error}); name another") from None
+        if there_names != tuple(names):
+            raise ValueError(
+                f"csv {str(path)!r} is of the losses {list(there_names)}, not {list(names)}; name another file"
+            )
         _cut_off_rest(path)
         there = ConflictHistory.read_csv(path)
-        if there.names != tuple(names):
-            raise ValueError(
-                f"csv {str(path)!r} is of the losses {list(there.names)}, not {list(names)}; name another file"
-            )
         last = int(there.steps[-1]) if len(there) else -1
         if first_step is not None and last >= first_step:
             raise ValueError(f"first_step must be over {last}, the last in {str(path)!r}, got {first_step}")
         return last + 1 if first_step is None else first_step
-    if existing == "keep" and path.exists():
+    if existing == "keep" and path.is_file():  # no folder, and no device such as /dev/null
         path.rename(_free_name(path))
     with path.open("w", encoding="utf-8", newline="") as file:
         write_header(names, file)
     return first_step or 0
+
+
+def _is_only_begun(path: Path, names: Sequence[str]) -> bool:
+    """Whether a run was killed before its first line was whole."""
+    header = io.StringIO()
+    write_header(names, header)
+    content = path.read_bytes()
+    return b"\n" not in content and header.getvalue().encode().startswith(content)
 
 
 def _free_name(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -288,6 +289,39 @@ def test_what_a_killed_run_left_is_gone_on_with(tmp_path):
     train(model, buf, x, 2, lambda info: monitor.step())
     monitor.close()
     assert fc.ConflictHistory.read_csv(path).steps.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("size", [0, 1, 30])
+def test_a_run_killed_within_its_first_line_is_begun_anew(tmp_path, size):
+    path = tmp_path / "run.csv"
+    model, buf, x = problem()
+    fc.ConflictMonitor(buf, csv=path).close()
+    path.write_bytes(path.read_bytes()[:size])
+    with fc.ConflictMonitor(buf, csv=path, existing="append") as monitor:
+        train(model, buf, x, 2, lambda info: monitor.step())
+    assert fc.ConflictHistory.read_csv(path).steps.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n3", "no table", "\udcff\n"])
+def test_another_file_is_not_appended_to_and_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "run.csv"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    _, buf, _ = problem()
+    with pytest.raises(ValueError, match=r"run.csv' is no file of a ConflictMonitor"):
+        fc.ConflictMonitor(buf, csv=path, existing="append")
+    assert path.read_bytes() == content.encode(errors="surrogateescape")
+
+
+def test_only_files_are_moved_aside(tmp_path):
+    _, buf, _ = problem()
+    folder = tmp_path / "run.csv"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError):
+        fc.ConflictMonitor(buf, csv=folder)
+    assert list(tmp_path.iterdir()) == [folder]
+    device = Path("/dev/null")
+    fc.ConflictMonitor(buf, csv=device).close()
+    assert device.is_char_device()
 
 
 def test_what_is_printed(tmp_path):
