@@ -485,3 +485,27 @@ def test_one_loss_alone_is_adam(backend, m):
         theirs[0].grad = given[ours[0]]
         adam.step()
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_rate_that_becomes_a_tensor_is_read_from_it(backend, monkeypatch):
+    """Also where it holds what the number was: that is not asked, as it would wait, and it may be filled afterwards."""
+    moved = []
+    for rate in (0.25, torch.tensor(0.25)):
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = fc.optim.MConFIG([weight], lr=0.25, num_losses=1, backend=backend)
+        (group,) = optimizer.param_groups
+        for step in range(3):
+            if step == 1:
+                group["lr"] = rate
+            elif step == 2 and isinstance(rate, torch.Tensor):
+                rate.fill_(0.5)
+            elif step == 2:
+                group["lr"] = 0.5
+            with optimizer.record(0):
+                weight.sum().backward()
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "__eq__", lambda *_: pytest.fail("a tensor was compared"))
+                optimizer._rule()
+            optimizer.step()
+        moved.append(weight.detach())
+    assert torch.equal(*moved)

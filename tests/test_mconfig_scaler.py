@@ -347,3 +347,18 @@ def test_a_disabled_scaler_changes_nothing(backend):
     scaler.step(optimizer)
     scaler.update()
     torch.testing.assert_close(parameters[0], before - 0.1)
+
+
+def test_a_gradient_is_carried_on_by_one_norm_a_record(monkeypatch):
+    """Each row shows what was so of those before it, so that only the last of them is looked at."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = fc.optim.MConFIG([weight], num_losses=5, losses_per_step=5)
+    norm, calls = torch.linalg.vector_norm, []
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **kwargs: calls.append(1) or norm(*args, **kwargs))
+    for loss in (0, 1, 2, 3, 4, 0):
+        with optimizer.record(loss, accumulate=True):
+            (weight.sum() * (math.inf if loss == 1 else 1.0)).backward()
+    assert len(calls) == 5
+    assert weight.grad.isnan().any()
+    optimizer.step()
+    assert optimizer.steps_left_out == 1

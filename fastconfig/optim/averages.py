@@ -67,7 +67,7 @@ class Averages:
             backends.select(segment.device, backend)  # now, not in the first step, is the time to complain
         self._backend = backend
         self.moments = [_moments(segment, num_losses, state_dtype) for segment in segments]
-        self.rows = GradientRows(segments, count, "MConFIG")
+        self.rows = GradientRows(segments, count, "MConFIG", vectors=count + num_losses + 1)
         self._places = [
             _place(s, segment, first, group_of[id(parameter)], parameter)
             for s, segment in enumerate(segments)
@@ -168,21 +168,21 @@ class Averages:
             for name, value in before[i].items():
                 state[self.parameters[i]][name].copy_(value)
 
-    def carry_nonfinite(self, slot: int, count: int) -> None:
+    def carry_nonfinite(self, slot: int, before: Sequence[int]) -> None:
         """Make the gradient just recorded show NaN where another, which no ``p.grad`` shows now, is not finite.
 
         The step is left out either way. So a GradScaler that sees the last gradient of each parameter knows of all.
 
         Args:
             slot: its row.
-            count: how many rows are recorded.
+            before: the other rows, the one recorded last in front: it shows what was so of those before it.
         """
-        for s, segment in enumerate(self.rows.segments):
+        for s, segment in enumerate(self.rows.segments) if before else ():
             shown = self._first_reached(s, slot)
-            for hidden in range(count) if shown is not None else ():
-                if hidden != slot and self._first_reached(s, hidden) is not None:
-                    largest = torch.linalg.vector_norm(segment.rows[hidden], ord=math.inf)
-                    segment.rows[slot, shown] += largest * 0
+            hidden = next((row for row in before if self._first_reached(s, row) is not None), None)
+            if shown is not None and hidden is not None:
+                largest = torch.linalg.vector_norm(segment.rows[hidden], ord=math.inf)
+                segment.rows[slot, shown] += largest * 0
 
     def _segment_without(self, resting: Collection[int], index: int) -> Segment:
         pieces = [

@@ -139,6 +139,7 @@ class MConFIG(Optimizer):
         self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
         self._calls = [f"record({self._losses.argument(i)})" for i in range(m)]
         self._recorded: list[int] = []  # the losses, in the order of their rows
+        self._latest: list[int] = []  # the rows, the one recorded last in front
         self._unreached: list[int] = []  # those of a block without a gradient
         self._failed = False  # whether a step by them raised
         self._seen: set[int] = set()  # losses of all steps
@@ -199,7 +200,7 @@ class MConFIG(Optimizer):
         """Take what is backpropagated inside the ``with`` block as the gradient of ``loss`` for the next ``step``.
 
         Several backward passes in one block add up. What counts is what each ``p.grad`` holds when the block ends,
-        whoever put it there. It is None inside the block until then. After the block it shows the gradient, in the
+        whoever put it there. It is None when the block begins. After the block it shows the gradient, in the
         memory from which ``step`` takes it, so what changes ``p.grad`` in place changes the step; where several losses
         are recorded, the last one that reached the parameter. To take another tensor for ``p.grad`` changes nothing;
         ``zero_grad`` of this optimizer forgets what was recorded. Parameters of no group accumulate ``.grad`` as usual.
@@ -368,17 +369,21 @@ class MConFIG(Optimizer):
                 self._forget()
             return
         if not adds:
-            reached = any(self._rows.reached[slot])
-            (self._recorded if reached else self._unreached).append(loss)
+            if not any(self._rows.reached[slot]):
+                self._unreached.append(loss)
+                return
+            self._recorded.append(loss)
             if slot == 0 and not all(self._rows.reached[0]):
                 for parameter, has in zip(self._rows.parameters, self._rows.reached[0], strict=True):
                     if not has:
                         parameter.grad = None  # it showed a step that is over
-        if len(self._recorded) > 1:
-            self._averages.carry_nonfinite(slot, len(self._recorded))
+        before = [row for row in self._latest if row != slot]
+        self._averages.carry_nonfinite(slot, before)
+        self._latest = [slot, *before]
 
     def _forget(self) -> None:
         self._recorded.clear()
+        self._latest.clear()
         self._unreached.clear()
         self._failed = False
 
@@ -517,8 +522,10 @@ class MConFIG(Optimizer):
             (group["lr"], group["weight_decay"], group["eps"], group["maximize"], *group["betas"])
             for group in self.param_groups
         ]
+        # A rate that is a tensor may be filled anew, and to compare one would wait for its device.
+        is_plain = not any(isinstance(group["lr"], Tensor) for group in self.param_groups)
         known = self._rule_of
-        if known is not None and known[0] == numbers:
+        if is_plain and known is not None and known[0] == numbers:
             return known[1]
         betas = self.param_groups[0]["betas"]
         for i, group in enumerate(self.param_groups):
@@ -528,7 +535,6 @@ class MConFIG(Optimizer):
             Group(group["lr"], group["weight_decay"], group["eps"], group["maximize"]) for group in self.param_groups
         )
         rule = StepRule(betas[0], betas[1], groups, self._max_norm, self._max_update_norm)
-        is_plain = not any(isinstance(group.lr, Tensor) for group in groups)
         self._rule_of = (numbers, rule) if is_plain else None
         return rule
 
