@@ -19,18 +19,13 @@ from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination, combine_segments
 from fastconfig.heads import OutsideParameters
 from fastconfig.landing import GradientRows, Recording, Shown
-from fastconfig.losses import Losses
+from fastconfig.losses import Loss, Losses
 from fastconfig.memory import aligned_rows
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
-from fastconfig.parameters import Parameters, Source, Watch, by_kind, check_in_memory, columns_of, trained
+from fastconfig.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
+from fastconfig.parts import By, rows_of_parts
 from fastconfig.rows import Rows
-
-By = Literal["module", "parameter"] | Callable[[str], str]
-"""What makes the parts of a model: the module that owns a parameter, the parameter, or a function of its name."""
-
-Loss = Tensor | Callable[[], Tensor] | None
-"""What ``backward`` takes for a loss: it, what returns it, or None where this batch has no labels for it."""
 
 Stale = Literal["warn", "error", "use"]
 
@@ -165,7 +160,8 @@ class GradientBuffer:
 
         The rows of the parameters that stay keep their content, with zeros for what is new; those of parameters that
         the module no longer has are gone. ``rows``, ``grad`` and ``segments`` are new tensors afterwards, and a
-        ``p.grad`` stays a view of the old ones until the next ``combine``.
+        ``p.grad`` stays a view of the old ones until the next ``combine``. While it runs, old and new rows are in
+        memory.
 
         Raises:
             RuntimeError: inside ``record``.
@@ -191,7 +187,7 @@ class GradientBuffer:
 
         The row begins anew: what has no gradient when the block ends is zero, and inside it may still hold what it did.
         Several backward passes in one block add up. What counts is what each ``p.grad`` holds when the block ends,
-        whoever put it there. It is None inside the block until then, and after the block what it was before; parameters
+        whoever put it there. It is None when the block begins, and after the block what it was before; parameters
         outside the buffer accumulate ``.grad`` as usual. If the block raises, the row is zeroed.
 
         Args:
@@ -242,8 +238,8 @@ class GradientBuffer:
 
         If a callable or a backward pass raises, every row is zeroed: rows of two steps are never combined.
         """
-        given = self._in_order(losses)
-        last_tensor = self._check_losses(given, accumulate)
+        given = self._losses.in_order(losses)
+        last_tensor = self._losses.check(given, may_all_be_absent=bool(accumulate))
         rows = self._rows
         rows.check_not_recording("backward")
         adds = [False] * self._num_losses
@@ -265,7 +261,7 @@ class GradientBuffer:
                     _backward(loss, retain_graph or i < last_tensor)
                 else:
                     value = loss()
-                    _check_loss(value, i, self._given)
+                    self._losses.check_one(value, i)
                     self._outside.see(value, rows)
                     _backward(value, retain_graph=False)
                 rows.close(i, adds[i])
@@ -367,7 +363,8 @@ class GradientBuffer:
         self._rows.check_not_recording("gramian")
         if by is None:
             return self._sum_of_gramians([segment.description for segment in self.segments])
-        return {part: self._sum_of_gramians(rows) for part, rows in self._rows_of_parts(by).items()}
+        parts = rows_of_parts(self.segments, self._places, by)
+        return {part: self._sum_of_gramians(rows) for part, rows in parts.items()}
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Look, before an optimizer's step, at what of a loop is easily forgotten; for ``step_hook``."""
@@ -410,7 +407,7 @@ class GradientBuffer:
         names, tensors = self._source.names, self._source.tensors
         given: Parameters = tensors if names is None else [(names[id(tensor)], tensor) for tensor in tensors]
         state = {
-            "rows": [(segment.rows.clone(), segment.grad.clone()) for segment in self.segments],
+            "rows": [(segment.rows, segment.grad) for segment in self.segments],
             "parameters": list(self._rows.parameters),
             "reached": list(self._rows.reached),
             "states": list(self._states),
@@ -429,7 +426,10 @@ class GradientBuffer:
         check_in_memory(tensors)
         wanted = list({id(p): p for p in tensors if p.requires_grad or id(p) in staying}.values())
         self._rows = GradientRows(
-            [Segment(group, self._num_losses) for group in by_kind(wanted)], self._num_losses, "GradientBuffer"
+            [Segment(group, self._num_losses) for group in by_kind(wanted)],
+            self._num_losses,
+            "GradientBuffer",
+            vectors=self._num_losses + 1,
         )
         self._source.read_again()
         self._watch = Watch(self._source, wanted, "GradientBuffer")
@@ -438,44 +438,6 @@ class GradientBuffer:
         self._reached_of: tuple[list[tuple[bool, ...]], tuple[bool, ...]] | None = None
         self._records: list[tuple[Tensor, Tensor]] = []
         self._shown = Shown([view for segment in self.segments for view in segment.views(segment.grad)])
-
-    def _in_order(self, losses: Sequence[Loss] | Mapping[str, Loss] | Mapping[int, Loss]) -> Sequence[Loss]:
-        """The m losses as ``backward`` was given them, by row."""
-        if not isinstance(losses, (list, tuple)) and isinstance(losses, Mapping):
-            by_row = {self._losses.index(key): loss for key, loss in losses.items()}
-            if missing := [self._losses.argument(i) for i in range(self._num_losses) if i not in by_row]:
-                raise ValueError(
-                    f"losses must hold every loss, and lacks {', '.join(missing)}; give None for one without labels in "
-                    "this batch"
-                )
-            return [by_row[i] for i in range(self._num_losses)]
-        if isinstance(losses, Tensor) or not isinstance(losses, Sequence):
-            raise TypeError(
-                f"losses must be a sequence or a dict of {self._num_losses} losses, got {type(losses).__name__}"
-            )
-        if len(losses) != self._num_losses:
-            raise ValueError(
-                f"losses must hold {self._num_losses} losses, one a row, got {len(losses)}; give None for one without "
-                "labels in this batch"
-            )
-        return losses
-
-    def _check_losses(self, losses: Sequence[Loss], accumulate: bool | None) -> int:
-        """TypeError, ValueError where one cannot be. The position of the last tensor, -1 where there is none."""
-        last, is_any = -1, False
-        for i, loss in enumerate(losses):
-            if isinstance(loss, Tensor):
-                _check_loss(loss, i, self._given)
-                last = i
-            elif loss is not None and not callable(loss):
-                raise TypeError(
-                    f"{self._given(i)} must be a tensor, a callable that returns one, or None where the batch has no "
-                    f"labels for it, got {loss!r}"
-                )
-            is_any = is_any or loss is not None
-        if not is_any and not accumulate:
-            raise ValueError("every loss is None, so there is nothing to backpropagate; leave this batch out")
-        return last
 
     def _adds(self, row: int, accumulate: bool | None, call: str, frames: int = 4) -> bool:
         """Whether what is recorded next is to be added to the row."""
@@ -569,41 +531,11 @@ class GradientBuffer:
                     segment.grad[start : start + 1] += bad.to(segment.device)
                     return
 
-    def _given(self, index: int) -> str:
-        """How an error calls what ``backward`` was given for a loss."""
-        return f"losses[{index}]" + (f" ({self._losses.argument(index)})" if self._losses.named else "")
-
     def _sum_of_gramians(self, parts: Sequence[Rows]) -> Tensor:
         home = self.segments[0].device
         traced = is_traced(None, [rows.matrix for rows in parts if rows.matrix is not None])
         gramians = (backend_for(rows.device, None, traced).gramian(rows).to(home) for rows in parts)
         return reduce(Tensor.add_, gramians)
-
-    def _rows_of_parts(self, by: By) -> dict[str, list[Rows]]:
-        """The rows cut into the parts' columns, as few runs a part as can be. Views: nothing is copied."""
-        part_of = _part_of(by)
-        if self._places is None:
-            raise ValueError(
-                f"gramian(by={by!r}) needs the parameters' names, and this buffer was made without; make it by "
-                "GradientBuffer(model, ...) or GradientBuffer(model.named_parameters(), ...)"
-            )
-        parts = {place: _checked_part(part_of(name), name) for name, place in self._places.items()}
-        runs: dict[str, list[tuple[int, int, int]]] = {part: [] for part in parts.values()}  # segment, first and last
-        spans = [
-            (s, first, first + columns_of(parameter))
-            for s, segment in enumerate(self.segments)
-            for parameter, first in zip(segment.parameters, segment.starts, strict=True)
-        ]
-        for place, (s, first, last) in enumerate(spans):
-            run = runs[parts[place]]
-            if run and run[-1][0] == s and run[-1][2] == first:
-                run[-1] = s, run[-1][1], last
-            else:
-                run.append((s, first, last))
-        return {
-            part: [self.segments[s].description.columns(first, last) for s, first, last in run]
-            for part, run in runs.items()
-        }
 
     def _only_segment(self, name: str) -> Segment:
         if len(self.segments) > 1:
@@ -641,37 +573,6 @@ def _rebuilt(
     buffer._methods, buffer.combination = state["methods"], state["combination"]
     buffer._source.belongs_to(module)
     return buffer
-
-
-def _part_of(by: By) -> Callable[[str], str]:
-    """From a parameter's name to that of its part."""
-    if callable(by):
-        return by
-    if by == "parameter":
-        return str
-    if by == "module":
-        return lambda name: name.rpartition(".")[0]
-    raise ValueError(f"by must be 'module', 'parameter', a function of a parameter's name or None, got {by!r}")
-
-
-def _checked_part(part: str, name: str) -> str:
-    if not isinstance(part, str):
-        raise TypeError(f"by must return a str, the name of a part, got {part!r} for parameter {name!r}")
-    return part
-
-
-def _check_loss(loss: Tensor, index: int, given: Callable[[int], str]) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{given(index)} must return a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"{given(index)} must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"{given(index)} does not require grad, so no gradient can come of it; compute it from the parameters, "
-            "outside torch.no_grad() and without .detach() or .item()"
-        )
 
 
 def _backward(loss: Tensor, retain_graph: bool) -> None:

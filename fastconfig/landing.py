@@ -211,16 +211,16 @@ class GradientRows(Generic[Place]):
         segments: the columns, in the order of the parameters.
         count: k.
         owner: the class that errors name.
+        vectors: how many vectors of the parameters' size that one holds, these rows among them.
 
     Attributes:
         segments: as given.
         parameters: of all segments, in column order.
-        addresses: where their memory was when this was made.
         reached: for each row, a flag a parameter: whether its gradient has a part in the row.
         recording: the call of the user's that records a row now, if any.
     """
 
-    def __init__(self, segments: Sequence[Place], count: int, owner: str) -> None:
+    def __init__(self, segments: Sequence[Place], count: int, owner: str, vectors: int) -> None:
         self.segments = tuple(segments)
         self.parameters = tuple(parameter for segment in segments for parameter in segment.parameters)
         self._matrices = [segment.rows for segment in segments]
@@ -228,9 +228,9 @@ class GradientRows(Generic[Place]):
         self.reached: list[tuple[bool, ...]] = [self._nothing] * count
         self.recording: str | None = None
         self._owner = owner
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self._vectors = vectors
         self._sweep = Sweep(self.parameters)
-        self._made_for = tuple(map(Made.of, self.parameters, self.addresses))
+        self._made_for = tuple(Made.of(parameter, parameter.data_ptr()) for parameter in self.parameters)
         kinds = [segment.dtype for segment in segments for _ in segment.parameters]
         self._shows = tuple(
             REAL_OF_COMPLEX.get(gradient_dtype(p), gradient_dtype(p)) == kind
@@ -291,7 +291,7 @@ class GradientRows(Generic[Place]):
         """
         self.check_not_recording(call)
         self.check_parameters()
-        if _RECORDING and not all(self._identities.isdisjoint(other._identities) for other in _RECORDING):
+        if _RECORDING and not all(self._identities.isdisjoint(other._identities) for other in tuple(_RECORDING)):
             raise RuntimeError(
                 f"{call} was called while another buffer or optimizer over some of the same parameters records; leave "
                 "that `with` block first: a gradient can only go to one row"
@@ -405,13 +405,13 @@ class GradientRows(Generic[Place]):
                 (torch._foreach_add_ if adds else torch._foreach_copy_)(places, sources)
 
     def _densified(self, grad: Tensor, index: int) -> Tensor:
-        count, size = len(self.reached) + 1, columns_of(grad) * grad.element_size()
-        if index not in self._told and count * size >= TOLD_BYTES:
+        size = grad.numel() * grad.element_size()
+        if index not in self._told and self._vectors * size >= TOLD_BYTES:
             self._told.add(index)
             warnings.warn(
-                f"parameter {index} of the {self._owner}, shape {tuple(grad.shape)}, has sparse gradients, and its "
-                f"rows are dense: {count} × {size / 2**20:,.0f} MiB. Leave such a table out of the {self._owner} where "
-                "that is too much",
+                f"parameter {index} of the {self._owner}, shape {tuple(grad.shape)}, has sparse gradients, and what is "
+                f"kept of it is dense: {self._vectors} × {size / 2**20:,.0f} MiB. Leave such a table out of the "
+                f"{self._owner} where that is too much",
                 stacklevel=5,
             )
         return grad.to_dense()

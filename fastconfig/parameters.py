@@ -237,11 +237,6 @@ def check_in_memory(parameters: Iterable[Tensor]) -> None:
             )
 
 
-def trained_in(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Those that require a gradient."""
-    return [parameter for parameter in parameters if parameter.requires_grad]
-
-
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
     """Of a parameter's ``.grad``: its own, or the ``grad_dtype`` that newer PyTorch lets it have.
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.optim import optimizer as torchs
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 
@@ -22,24 +22,25 @@ class Listener(Protocol):
         """Whether the parameter has columns in this buffer."""
 
 
-_LIVING: weakref.WeakSet[Listener] = weakref.WeakSet()
+_LISTENERS: list[weakref.ref[Listener]] = []
+"""Read as a whole: another thread may make a buffer while one steps, which a set does not bear."""
 
 
 def watch(buffer: Listener) -> None:
     """Tell this buffer of every optimizer's step, as long as it lives."""
-    _LIVING.add(buffer)
+    _LISTENERS[:] = [*(reference for reference in _LISTENERS if reference() is not None), weakref.ref(buffer)]
     _register()
 
 
 def is_held(parameter: Tensor) -> bool:
     """Whether a living buffer has columns of the parameter."""
-    return any(buffer.holds(parameter) for buffer in _LIVING)
+    return any(buffer.holds(parameter) for buffer in _living())
 
 
 def is_watched_by_others() -> bool:
     """Whether hooks for every optimizer's step are registered beside the one of this module."""
-    return len(torchs._global_optimizer_pre_hooks) > _register.cache_info().currsize or bool(
-        torchs._global_optimizer_post_hooks
+    return len(torch_optimizer._global_optimizer_pre_hooks) > _register.cache_info().currsize or bool(
+        torch_optimizer._global_optimizer_post_hooks
     )
 
 
@@ -52,5 +53,9 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     del args, kwargs
     if is_dynamo_compiling():
         return
-    for buffer in _LIVING:
+    for buffer in _living():
         buffer.before_step(optimizer)
+
+
+def _living() -> list[Listener]:
+    return [buffer for reference in tuple(_LISTENERS) if (buffer := reference()) is not None]
