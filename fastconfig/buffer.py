@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, Literal, Protocol, overload
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from fastconfig import landing, step_hook
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.combination import Combination, combine_segments
+from fastconfig.forgotten import Reminder, frames_to_scaler, words_for
 from fastconfig.heads import OutsideParameters
 from fastconfig.landing import GradientRows, Recording, Shown
 from fastconfig.losses import Loss, Losses
@@ -110,7 +110,8 @@ class GradientBuffer:
         self._calls = [f"record({self._losses.argument(i)})" for i in range(self._num_losses)]
         self._source = Source(parameters)
         self._methods: dict[str, Method | StreamingMethod] = {}
-        self._warned: set[str] = set()
+        self._reminder = Reminder()
+        self._is_scaled = self._awaits_step = self._accumulates = self._was_stepped = False  # see before_step
         self.combination: Combination | None = None
         self._build()
         self._states = [_EMPTY] * self._num_losses
@@ -246,8 +247,8 @@ class GradientBuffer:
         if _NEW in self._states:
             for i in range(self._num_losses):
                 adds[i] = self._adds(i, accumulate, "backward")
-        if not self._outside.is_done:
-            self._outside.before([loss for loss in given if isinstance(loss, Tensor)], rows, any(adds))
+        else:
+            self._begin_step(accumulate, [loss for loss in given if isinstance(loss, Tensor)])
         rows.begin("backward")
         try:
             for i, loss in enumerate(given):
@@ -332,6 +333,8 @@ class GradientBuffer:
         absent = [i for i, is_absent in enumerate(self._absent) if is_absent]
         self.combination = Combination(gramian, weights, rtol, self._losses, absent)
         self._states = [_USED if state == _NEW else state for state in self._states]
+        self._is_scaled = scaler is not None
+        self._awaits_step = not self._is_scaled  # a scaler leaves steps out
         return self.combination
 
     @overload
@@ -367,23 +370,34 @@ class GradientBuffer:
         return {part: self._sum_of_gramians(rows) for part, rows in parts.items()}
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Look, before an optimizer's step, at what of a loop is easily forgotten; for ``step_hook``."""
+        """Look, before an optimizer's step, at what of a loop is easily forgotten; for ``step_hook``.
+
+        Whether the optimizer steps over this buffer's parameters is a question of n names, so it is asked only where
+        there is something to be said or noted.
+        """
         is_new = _NEW in self._states
-        if not is_new and self._outside.is_done:
+        is_first = not self._outside.is_done
+        is_awaited = self._awaits_step and self._accumulates
+        scaler = 0 if self._is_scaled or self._reminder.has_said("scaler") else frames_to_scaler()
+        if not (is_new or is_first or is_awaited or scaler):
             return
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not self._rows.overlaps(stepped):
             return
-        if not is_new:
-            self._outside.stepping(stepped, self._rows)
+        if is_new:
+            self._reminder.say("combine", 4)
             return
-        self._warn(
-            "not combined",
-            "optimizer.step() was called after new rows of a GradientBuffer and without its combine(), so it takes "
-            "another gradient than that of these rows, or none; call buf.combine() first, or buf.zero() where the rows "
-            "were only to be looked at",
-            frames=5,
-        )
+        if is_first:
+            self._outside.stepping(stepped, self._rows)
+        if self._is_shown():
+            self._awaits_step, self._was_stepped = False, True
+            if scaler:
+                self._reminder.say("scaler", scaler)
+
+    def _is_shown(self) -> bool:
+        """Whether ``p.grad`` shows the combination of this buffer, not of another or none."""
+        known = self._reached_of
+        return known is not None and self._shown.is_grad_of(self._rows.parameters, known[1])
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether a parameter has columns here."""
@@ -439,36 +453,33 @@ class GradientBuffer:
         self._records: list[tuple[Tensor, Tensor]] = []
         self._shown = Shown([view for segment in self.segments for view in segment.views(segment.grad)])
 
-    def _adds(self, row: int, accumulate: bool | None, call: str, frames: int = 4) -> bool:
+    def _adds(self, row: int, accumulate: bool | None, call: str, frames: int = 3) -> bool:
         """Whether what is recorded next is to be added to the row."""
         if self._states[row] != _NEW:
             return False
         if accumulate is None and not self._absent[row]:
-            self._warn(
-                "discarded",
-                f"{call} discards gradients of the call before, which were never combined; say accumulate=True to add "
-                "up micro-batches, or accumulate=False where that is meant",
-                frames,
-            )
+            self._reminder.say("accumulate", frames, call=call)
         return bool(accumulate)
 
     def _prepared(self, row: int, accumulate: bool | None) -> tuple[int, str, bool]:
         """A block of ``record`` is entered."""
-        adds = self._adds(row, accumulate, self._calls[row], frames=5)
-        if not self._outside.is_done and _NEW not in self._states:
-            self._outside.before((), self._rows, goes_on=False, frames=5)
-        return row, self._calls[row], adds
+        if _NEW not in self._states:
+            self._begin_step(accumulate, (), frames=4)
+        return row, self._calls[row], self._adds(row, accumulate, self._calls[row], frames=4)
+
+    def _begin_step(self, accumulate: bool | None, losses: Sequence[Tensor], frames: int = 3) -> None:
+        """Nothing was recorded since the last combination: see what of the step before was forgotten."""
+        if accumulate:
+            self._accumulates = True
+            if self._awaits_step and self._was_stepped:
+                self._reminder.say("step", frames)
+        if not self._outside.is_done:
+            self._outside.before(losses, self._rows, frames)
 
     def _recorded(self, row: int, adds: bool, complete: bool) -> None:
         """A block of ``record`` has ended."""
         del adds
         self._states[row], self._absent[row] = (_NEW if complete else _EMPTY), False
-
-    def _warn(self, kind: str, message: str, frames: int = 4) -> None:
-        """Once a buffer for each kind of message, at the user's line, so many frames up."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, UserWarning, stacklevel=frames)
 
     def _why_nothing(self) -> str:
         if all(self._absent):
@@ -483,13 +494,10 @@ class GradientBuffer:
         old = [i for i, state in enumerate(self._states) if state == _USED and (used is None or i in used)]
         if not old:
             return
-        message = (
-            f"combine takes {', '.join(map(self._losses.label, old))} as recorded before the last combine, beside "
-            "losses of this step; give backward None for a loss without labels, zero() the rows, or say stale='use'"
-        )
+        losses = ", ".join(map(self._losses.label, old))
         if stale == "error":
-            raise RuntimeError(message)
-        self._warn("stale", message)
+            raise RuntimeError(words_for("fresh rows", losses=losses))
+        self._reminder.say("fresh rows", 3, losses=losses)
 
     def _reached(self) -> tuple[bool, ...]:
         """For each parameter, whether a row has a part of its gradient."""

@@ -36,10 +36,10 @@ class OutsideParameters:
         """Whether it has looked."""
         return self._steps >= 2
 
-    def before(self, losses: Sequence[Tensor], rows: GradientRows[Place], goes_on: bool, frames: int = 4) -> None:
-        """A step begins, with these losses' graphs; or goes on, with another micro-batch. The user is frames away."""
-        if self._steps == 1 and not goes_on:
-            self._look(frames)
+    def before(self, losses: Sequence[Tensor], rows: GradientRows[Place], frames: int) -> None:
+        """A step begins, with these losses' graphs. The user's line is so many frames up, the caller's the first."""
+        if self._steps == 1:
+            self._look(frames + 2)
         for loss in losses if self._steps == 0 else ():
             self.see(loss, rows)
 

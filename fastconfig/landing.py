@@ -98,6 +98,13 @@ class Shown:
             alias = self._aliases[index] = self.views[index].detach()
         return alias
 
+    def is_grad_of(self, parameters: Sequence[Tensor], flags: tuple[bool, ...]) -> bool:
+        """Whether ``p.grad`` of the first flagged parameter that has elements lies where its view does."""
+        for parameter, address, flag in zip(parameters, self._addresses, flags, strict=True):
+            if flag and address:
+                return parameter.grad is not None and parameter.grad.data_ptr() == address
+        return False
+
     def show(self, sweep: Sweep, flags: tuple[bool, ...], hides: bool) -> None:
         """Make ``p.grad`` of the flagged parameters their views, and, where it ``hides``, that of the others None."""
         begin = 0

@@ -202,3 +202,85 @@ def test_gradients_that_are_not_finite_are_forgotten(backend):
             optimizer.step()
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="nothing was recorded"):
         optimizer.step()
+
+
+# What loops forget of a GradScaler and of micro-batches
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, lambda p, lr: torch.optim.Adam(p, lr=lr, fused=True)])
+def test_a_scaler_that_combine_was_not_told_of_is_told_once(optimizer):
+    model, losses_of = problem()
+    buf, optimizer = fc.GradientBuffer(model, 2), optimizer(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps the optimizer's step
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    def step(**told):
+        buf.backward(scaler.scale(losses_of()))
+        buf.combine("nashmtl", **told)
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(scaler=scaler)
+    with pytest.warns(UserWarning, match=r"was not told of the scaler.*combine\(..., scaler=scaler\)") as caught:
+        step()
+    assert caught[0].filename == __file__
+    step()
+
+
+def test_a_scaler_that_is_off_or_steps_something_else_is_no_concern():
+    model, losses_of = problem()
+    other = nn.Linear(2, 2)
+    buf, optimizer = fc.GradientBuffer(model, 2), torch.optim.SGD(model.parameters(), lr=0.1)
+    off, on = torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu")
+    elsewhere = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(2):
+        buf.backward(losses_of())
+        buf.combine()
+        off.step(optimizer)
+        on.scale(other(torch.ones(2)).sum()).backward()
+        on.step(elsewhere)
+        on.update()
+
+
+@pytest.mark.parametrize("way", ["backward", "record"])
+def test_a_combination_of_each_micro_batch_is_told_once(way):
+    model, losses_of = problem()
+    buf, optimizer = fc.GradientBuffer(model, 2), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def accumulate():
+        if way == "backward":
+            buf.backward(losses_of(), accumulate=True)
+            return
+        for i in range(2):
+            with buf.record(i, accumulate=True):
+                losses_of()[i].backward()
+
+    for _ in range(3):  # as it should be
+        for _ in range(2):
+            accumulate()
+        buf.combine()
+        optimizer.step()
+    accumulate()
+    buf.combine()
+    with pytest.warns(UserWarning, match=r"begins anew.*combine\(\) after all micro-batches") as caught:
+        accumulate()
+    assert caught[0].filename == __file__
+    buf.combine()
+    accumulate()
+
+
+def test_combinations_without_a_step_are_no_concern_elsewhere():
+    """Nobody steps by an optimizer of torch's; a scaler leaves a step out; nothing is accumulated."""
+    model, losses_of = problem()
+    buf, optimizer = fc.GradientBuffer(model, 2), torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        buf.backward(losses_of(), accumulate=True)
+        buf.combine()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(3):
+        buf.backward(scaler.scale(losses_of()), accumulate=True)
+        buf.combine(scaler=scaler)
+    for _ in range(3):
+        buf.backward(losses_of())
+        buf.combine()

@@ -35,8 +35,8 @@ class ConFIG:
         rtol: eigenvalues of the unit rows' Gramian at or under ``rtol`` times the largest count as zero. Does not
             depend on n. 1e-12 is 1e-6 on the singular values of U.
         nonfinite: a gradient that holds inf or NaN makes the whole answer NaN (``"propagate"``, what a GradScaler looks
-            for), is left out (``"drop"``; a GradScaler then never sees it), or raises FloatingPointError (``"raise"``,
-            which synchronises).
+            for), is left out (``"drop"``; a GradScaler sees it where a buffer's ``combine`` is told of the scaler), or
+            raises FloatingPointError (``"raise"``, which synchronises).
 
     Raises:
         TypeError: an argument of the wrong type.

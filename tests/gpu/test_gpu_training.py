@@ -212,8 +212,9 @@ def test_segments_of_two_dtypes() -> None:
 class Amp:
     """Mixed precision as PyTorch's recipe has it, with the buffer between backward and the scaler."""
 
-    def __init__(self, method: fc.ConFIG) -> None:
+    def __init__(self, method: fc.ConFIG, told: bool = True) -> None:
         torch.manual_seed(0)
+        self.told = told
         self.model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4)).to(DEVICE)
         self.buffer = fc.GradientBuffer(self.model.parameters(), num_losses=3)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
@@ -226,7 +227,7 @@ class Amp:
         prediction = prediction.float()
         losses = [prediction.square().mean(), prediction.sin().sum() * spoil, prediction[:, 0].mean()]
         self.buffer.backward([self.scaler.scale(loss) for loss in losses])
-        self.buffer.combine(self.method)
+        self.buffer.combine(self.method, scaler=self.scaler if self.told else None)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -248,10 +249,20 @@ def test_a_grad_scaler_skips_a_step_that_overflowed() -> None:
     torch.testing.assert_close(change.double().cpu(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_dropping_an_overflowed_loss_takes_the_step_without_it() -> None:
+def test_a_scaler_that_is_told_hears_of_an_overflow_that_was_dropped() -> None:
     amp, inputs = Amp(fc.ConFIG(nonfinite="drop")), torch.randn(8, 16, device=DEVICE)
     before = amp.values()
     amp.step(inputs, spoil=float("inf"))
+    assert torch.equal(amp.values(), before)
+    assert amp.scaler.get_scale() == 2.0**11
+
+
+def test_dropping_an_overflowed_loss_takes_the_step_without_it() -> None:
+    """Where combine is not told of the scaler, which a warning asks for."""
+    amp, inputs = Amp(fc.ConFIG(nonfinite="drop"), told=False), torch.randn(8, 16, device=DEVICE)
+    before = amp.values()
+    with pytest.warns(UserWarning, match="not told of the scaler"):
+        amp.step(inputs, spoil=float("inf"))
     assert amp.scaler.get_scale() == 2.0**12
     assert amp.values().isfinite().all()
     assert not torch.equal(amp.values(), before)
