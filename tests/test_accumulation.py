@@ -157,14 +157,19 @@ def test_a_record_is_of_the_moment_at_which_its_block_is_entered():
     assert optimizer.combination.norms.tolist() == pytest.approx([2**0.5, 8**0.5])
 
 
-def test_no_second_set_of_rows():
-    """A micro-batch holds its own gradient, n elements, beside the rows."""
+def test_micro_batches_add_up_in_the_rows_themselves():
+    """A micro-batch holds its own gradient, n elements, beside them: no operation makes as much as a set of rows."""
     weight = nn.Parameter(torch.ones(1000, 1000))
     buf = fc.GradientBuffer([weight], 3)
     address = buf.rows.data_ptr()
+    largest = 0
     for _ in range(3):
-        buf.backward([(i + 1) * weight.sum() for i in range(3)], accumulate=True)
+        losses = [(i + 1) * weight.sum() for i in range(3)]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            buf.backward(losses, accumulate=True)
+        largest = max(largest, *(event.cpu_memory_usage for event in profile.events()))
     assert buf.rows.data_ptr() == address
+    assert 4 * weight.numel() <= largest < 2 * 4 * weight.numel()
     assert weight.grad is None
     assert buf.rows[:, 0].tolist() == [3.0, 6.0, 9.0]
 
