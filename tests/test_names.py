@@ -210,5 +210,5 @@ def test_a_name_that_is_none_is_told_with_those_spelled_alike():
         lambda: buf.combine("pcgard"),
         lambda: fc.optim.MConFIG([weight], num_losses=2, method="pcgard"),
     ):
-        with pytest.raises(ValueError, match=r"method must be one of .*got 'pcgard'; is it 'pcgrad'"):
+        with pytest.raises(ValueError, match=r"method must be one that .*got 'pcgard'; is it 'pcgrad'"):
             call()

@@ -87,11 +87,9 @@ def entry_of(name: str) -> Entry:
     """
     entry = CATALOGUE.get(name.lower())
     if entry is None:
-        alike = difflib.get_close_matches(name.lower(), CATALOGUE, n=3) or list(CATALOGUE)
-        raise ValueError(
-            f"method must be one of the catalogue's, which `fastconfig methods` lists, or an object with "
-            f"weights(gramian), got {name!r}; is it {' or '.join(map(repr, alike))}?"
-        )
+        alike = difflib.get_close_matches(name.lower(), CATALOGUE, n=3)
+        hint = f"; is it {' or '.join(map(repr, alike))}?" if alike else ""
+        raise ValueError(f"method must be one that `fastconfig methods` lists, got {name!r}{hint}")
     return entry
 
 

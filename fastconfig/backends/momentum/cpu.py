@@ -97,6 +97,7 @@ class Segment:
 
 
 _MOST_RECORDED = 64
+"""Descriptions of gradients that are kept: an optimizer has one for each choice of losses."""
 
 
 def _native_recorded(recorded: Recorded) -> _core.Recorded:
