@@ -5,6 +5,7 @@ PYTHON ?= python3
 # TORCH=installed: use the PyTorch that $(PYTHON) has instead of downloading one.
 TORCH ?=
 BIN := .venv/bin
+CPP := csrc/*.cpp csrc/*.hpp tests/ptx/machine/*.cpp tests/ptx/machine/*.hpp
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt .ci/set-up
 
 # What the demo needs; and what work on the library does, which holds all of that.
@@ -16,13 +17,18 @@ OLDEST_TRITON := .venv/triton-3.6.0
 NEWEST_TRITON := .venv/triton-3.9.0
 TRITONS := FASTCONFIG_OLDEST_TRITON=$(OLDEST_TRITON) FASTCONFIG_NEWEST_TRITON=$(NEWEST_TRITON)
 
-.PHONY: demo test bench gpu kernels lint format clean
+# The tests of the kernels; the emulator of tests/ptx runs them as they are compiled for an NVIDIA GPU.
+OF_KERNELS := tests/ptx tests/test_triton.py tests/test_triton_rules.py tests/test_momentum_triton.py tests/test_graddrop.py
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
+
+.PHONY: demo test bench gpu ptx kernels lint format clean
 
 demo: $(SHOWN)
 	$(BIN)/fastconfig demo burgers
 
 test: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
-	$(TRITONS) $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
+	$(TRITONS) FASTCONFIG_TRITON=$(NEWEST_TRITON) $(PYTEST)
+	FASTCONFIG_EMULATE=sm_90 FASTCONFIG_TRITON=$(NEWEST_TRITON) $(PYTEST) -m emulated $(OF_KERNELS)
 
 bench: $(DEVELOPED)
 	$(BIN)/python bench/run.py
@@ -30,6 +36,11 @@ bench: $(DEVELOPED)
 # On a machine with a GPU, its own python3 and PyTorch: nothing is downloaded, no virtual environment made.
 gpu:
 	$(PYTHON) bench/gpu.py
+
+# All tests of the kernels on the emulator, for two architectures and by both Tritons: no GPU needed, but 20 minutes.
+ptx: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
+	set -e; for triton in $(OLDEST_TRITON) $(NEWEST_TRITON); do for gpu in sm_90 sm_89; do \
+	  FASTCONFIG_EMULATE=$$gpu FASTCONFIG_TRITON=$$triton $(PYTEST) $(OF_KERNELS); done; done
 
 # What every kernel compiles to, for every architecture and on both Tritons: no GPU needed, but half an hour.
 kernels: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
@@ -39,13 +50,13 @@ kernels: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(DEVELOPED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.hpp
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf .venv build *.egg-info fastconfig/_core*.so

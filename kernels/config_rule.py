@@ -3,15 +3,16 @@
 Source: ConFIG, arXiv 2408.11104, eq. 2 to 4, with U⁺ = Uᵀ(UUᵀ)⁺. Everything is float64, m padded to MP, a power of two;
 the padding is an identity block that no row of the problem meets.
 
-The steps hand vectors and matrices to each other through ``scratch``, 3·MP² + 4·MP float64 in the first-level cache,
-with a barrier after every write: kept in registers, ten vectors and three 64×64 matrices spill.
+The steps hand vectors and matrices to each other through ``scratch``, 2·MP² + 6·MP float64 in the first-level cache,
+with a barrier after every write: kept in registers, ten vectors and several 64×64 matrices spill.
 """
 
 import triton
 import triton.language as tl
 
-EPSILON = tl.constexpr(2.220446049250313e-16)
-MAX_SWEEPS = tl.constexpr(20)  # up to 14 were seen, on random, dependent and repeated rows; the rest is margin
+from .jacobi import EPSILON, diagonalise
+from .matrices import cells, copy_matrix, multiply
+from .pivoting import swept
 
 # The length models, in the order of the reference's names; TRACKED is the norm of one given loss.
 PROJECTION = tl.constexpr(0)
@@ -21,21 +22,6 @@ HARMONIC = tl.constexpr(3)
 ARITHMETIC = tl.constexpr(4)
 GEOMETRIC = tl.constexpr(5)
 TRACKED = tl.constexpr(6)
-
-
-@triton.jit
-def cells(MP: tl.constexpr):
-    """[MP, MP] offsets of the elements of a contiguous (MP, MP) matrix."""
-    return tl.arange(0, MP)[:, None] * MP + tl.arange(0, MP)[None, :]
-
-
-@triton.jit
-def multiply(matrix, x, y, MP: tl.constexpr):
-    """y = matrix @ x, all in memory: (MP, MP), (MP,) and (MP,) float64."""
-    i = tl.arange(0, MP)
-    product = tl.sum(tl.load(matrix + cells(MP)) * tl.load(x + i)[None, :], axis=1)
-    tl.store(y + i, product)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -52,126 +38,43 @@ def store_unit_gramian(gramian, inverse_norms, unit, M: tl.constexpr, MP: tl.con
 
 
 @triton.jit
-def invert_if_regular(unit, inverse, size, rtol, M: tl.constexpr, MP: tl.constexpr):
-    """Write C⁻¹, by Gauss-Jordan, and say whether C is certified to have no eigenvalue that the contract truncates.
+def invert_if_regular(unit, inverse, line, size, rtol, M: tl.constexpr, MP: tl.constexpr):
+    """Write C⁻¹, by pivots on all rows. Returns whether it is certain that the contract truncates no eigenvalue of C.
 
     C has unit diagonal, so λ_max ≤ trace C = k, the number of active rows; and trace C⁻¹ ≥ 1/λ_min. Hence
     rtol·k·trace C⁻¹ < 1 implies λ_min > rtol·λ_max: nothing is truncated and C⁺ = C⁻¹. Every pivot of a positive
-    definite matrix is at least λ_min, so none of them needs a search, and a small one ends the attempt.
-    """
-    i = tl.arange(0, MP)
-    r = i[:, None]
-    c = i[None, :]
-    values = tl.load(unit + cells(MP))
-    values = tl.where((r == c) & (values == 0.0), 1.0, values)
-    smallest_pivot = tl.maximum(rtol, EPSILON) * size
-    regular = size > 0
-    for p in range(M):
-        row = tl.sum(tl.where(r == p, values, 0.0), axis=0)
-        column = tl.sum(tl.where(c == p, values, 0.0), axis=1)
-        pivot = tl.sum(tl.where(i == p, row, 0.0))
-        regular = regular & (pivot > smallest_pivot)
-        row = tl.where(i == p, 1.0, row) * (1.0 / tl.where(pivot > smallest_pivot, pivot, 1.0))
-        column = tl.where(i == p, -1.0, column)
-        values = tl.where((r == p) | (c == p), 0.0, values) - column[:, None] * row[None, :]
-    tl.store(inverse + cells(MP), values)
-    tl.debug_barrier()
-    trace = tl.sum(tl.load(inverse + i * MP + i)) - (MP - size)
-    tl.debug_barrier()  # all have read it before the solve of a singular matrix writes there
-    return regular & (rtol * size * trace < 1.0)
-
-
-@triton.jit
-def diagonalise(matrix, vectors, angles, MP: tl.constexpr):
-    """Make ``matrix`` diagonal in place, and ``vectors`` V with V·matrix·Vᵀ its result: the cyclic Jacobi method.
-
-    Golub & Van Loan, sec. 8.5. The MP rows meet in pairs as the players of a round-robin tournament do: in each of the
-    MP - 1 turns of a sweep MP/2 disjoint pairs of rows, then of columns, are rotated at once. Both matrices lie in
-    memory, that is in the first-level cache: the pairs of a turn are then two loads, and no register holds a matrix
-    beside the streaming kernels' sums.
+    definite matrix is at least λ_min, so none of them needs a search, and a small one says that there is none.
 
     Args:
-        matrix: pointer to (MP, MP) float64, symmetric.
-        vectors: pointer to (MP, MP) float64, overwritten; its rows are the eigenvectors.
-        angles: pointer to MP float64, overwritten: a turn's tangents and cosines.
+        line: 2·MP float64, overwritten.
     """
-    OTHERS: tl.constexpr = MP - 1
     i = tl.arange(0, MP)
-    h = tl.arange(0, MP // 2)
-    tl.store(vectors + cells(MP), tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tl.float64))
+    values = tl.load(unit + cells(MP))
+    values = tl.where((i[:, None] == i[None, :]) & (values == 0.0), 1.0, values)
+    values, regular = swept(values, None, line, tl.maximum(rtol, EPSILON) * size, M, MP)
+    tl.store(inverse + cells(MP), -values)
     tl.debug_barrier()
-    values = tl.load(matrix + cells(MP))
-    total = tl.sum(values * values)
-    off = total
-    sweep = 0
-    while (sweep < MAX_SWEEPS) & (off > EPSILON * EPSILON * total):
-        for turn in range(OTHERS):
-            one = (turn + h) % OTHERS
-            other = tl.where(h == 0, OTHERS, (turn + OTHERS - h) % OTHERS)
-            own = tl.load(matrix + one * MP + one)
-            tangent = tangent_of(tl.load(matrix + other * MP + other) - own, tl.load(matrix + one * MP + other))
-            tl.store(angles + h, tangent)
-            tl.store(angles + MP // 2 + h, 1.0 / tl.sqrt(tangent * tangent + 1.0))
-            tl.debug_barrier()
-            upper = one[:, None] * MP + i[None, :]
-            lower = other[:, None] * MP + i[None, :]
-            tangent_of_row = tl.load(angles + h[:, None])
-            cosine_of_row = tl.load(angles + MP // 2 + h[:, None])
-            rotate(matrix + upper, matrix + lower, tangent_of_row, cosine_of_row)
-            rotate(vectors + upper, vectors + lower, tangent_of_row, cosine_of_row)
-            tl.debug_barrier()
-            tangent_of_column = tl.load(angles + h[None, :])
-            cosine_of_column = tl.load(angles + MP // 2 + h[None, :])
-            left = i[:, None] * MP + one[None, :]
-            right = i[:, None] * MP + other[None, :]
-            rotate(matrix + left, matrix + right, tangent_of_column, cosine_of_column)
-            tl.debug_barrier()
-            # What the rotation made zero but for rounding: left there, it would be turned about for ever.
-            tl.store(matrix + one * MP + other, tl.zeros([MP // 2], tl.float64))
-            tl.store(matrix + other * MP + one, tl.zeros([MP // 2], tl.float64))
-            tl.debug_barrier()
-        values = tl.load(matrix + cells(MP))
-        off = tl.sum(tl.where(i[:, None] == i[None, :], 0.0, values * values))
-        sweep += 1
+    trace = tl.sum(tl.where(i < M, tl.load(inverse + i * MP + i), 0.0)) - (M - size)
+    tl.debug_barrier()  # all have read it before the solve of a singular matrix writes there
+    return (size > 0) & regular & (rtol * size * trace < 1.0)
 
 
 @triton.jit
-def rotate(x_pointers, y_pointers, tangent, cosine):
-    """Turn the pairs (x, y) in memory by angles given by tangent and cosine."""
-    x = tl.load(x_pointers)
-    y = tl.load(y_pointers)
-    tl.store(x_pointers, cosine * (x - tangent * y))
-    tl.store(y_pointers, cosine * (y + tangent * x))
-
-
-@triton.jit
-def tangent_of(difference, beside):
-    """tan of the angle that makes [[own, beside], [beside, own + difference]] diagonal: the smaller root, |t| ≤ 1.
-
-    Golub & Van Loan, sec. 8.5.2.
-    """
-    cotangent = difference / (2.0 * tl.where(beside == 0.0, 1.0, beside))
-    cotangent = tl.minimum(tl.maximum(cotangent, -1e100), 1e100)  # its square stays finite; beyond, no angle is left
-    tangent = tl.where(cotangent >= 0.0, 1.0, -1.0) / (tl.abs(cotangent) + tl.sqrt(cotangent * cotangent + 1.0))
-    return tl.where(beside == 0.0, 0.0, tangent)
-
-
-@triton.jit
-def solve_truncated(unit, matrix, vectors, wanted, along, solution, rtol, MP: tl.constexpr):
+def solve_truncated(unit, matrix, wanted, work, solution, rtol, M: tl.constexpr, MP: tl.constexpr):
     """Write a = C⁺ŵ, eigenvalues at or under rtol·λ_max counting as zero: the contract's definition. Returns λ_max."""
     i = tl.arange(0, MP)
-    tl.store(matrix + cells(MP), tl.load(unit + cells(MP)))
-    diagonalise(matrix, vectors, along, MP)
-    multiply(vectors, wanted, along, MP)
-    eigenvalues = tl.load(matrix + i * MP + i)
-    largest = tl.max(eigenvalues)
+    copy_matrix(unit, matrix, MP)
+    diagonalise(matrix, M, MP)
+    columns = tl.load(matrix + cells(MP))  # λ_k v_k
+    squares = tl.sum(columns * columns, axis=0)
+    along = tl.sum(columns * tl.load(wanted + i)[:, None], axis=0)
+    largest = tl.sqrt(tl.max(squares))
     # A NaN is no small eigenvalue: it must show in the answer.
-    dropped = eigenvalues <= tl.maximum(rtol * largest, 0.0)
-    inside = tl.load(along + i) / tl.where(dropped, 1.0, eigenvalues)
+    dropped = squares <= (rtol * largest) * (rtol * largest)
+    inside = tl.where(dropped, 0.0, along / tl.where(dropped, 1.0, squares * tl.sqrt(squares)))
+    tl.store(work + i, inside)
     tl.debug_barrier()
-    tl.store(along + i, tl.where(dropped, 0.0, inside))
-    tl.debug_barrier()
-    product = tl.sum(tl.load(vectors + cells(MP)) * tl.load(along + i)[:, None], axis=0)
+    product = tl.sum(columns * tl.load(work + i)[None, :], axis=1)
     tl.store(solution + i, product)
     tl.debug_barrier()
     return largest
@@ -196,21 +99,21 @@ def solve_regular(unit, inverse, wanted, residual, solution, MP: tl.constexpr):
 
 
 @triton.jit
-def solve_direction(unit, matrix, vectors, wanted, work, solution, size, rtol, M: tl.constexpr, MP: tl.constexpr):
+def solve_direction(unit, matrix, line, wanted, work, solution, size, rtol, M: tl.constexpr, MP: tl.constexpr):
     """Write ConFIG's direction C⁺ŵ/√(ŵᵀC⁺ŵ), zeros where the rows are opposed.
 
     Args:
         unit: C.
-        matrix, vectors, work: (MP, MP), (MP, MP) and MP float64, overwritten.
+        matrix, line, work: (MP, MP), 2·MP and MP float64, overwritten.
         wanted: ŵ, 0 where not active.
         size: float64, the number of active rows.
     """
     i = tl.arange(0, MP)
     largest = size  # λ_max ≤ k; with full rank |d|²·λ_max ≥ |ŵ|², so the bound is harmless
-    if invert_if_regular(unit, matrix, size, rtol, M, MP):
+    if invert_if_regular(unit, matrix, line, size, rtol, M, MP):
         solve_regular(unit, matrix, wanted, work, solution, MP)
     else:
-        largest = solve_truncated(unit, matrix, vectors, wanted, work, solution, rtol, MP)
+        largest = solve_truncated(unit, matrix, wanted, work, solution, rtol, M, MP)
     preference = tl.load(wanted + i)
     found = tl.load(solution + i)
     square = tl.sum(found * preference)
@@ -261,14 +164,14 @@ def write_config_weights(
         direction: (M,) float64, the direction weights ŵ, or None for equal ones.
         tracked: the loss whose norm LENGTH == TRACKED follows.
         rtol: float64, the cut on the eigenvalues of the unit rows' Gramian.
-        scratch: 3·MP² + 4·MP float64 that no other program uses.
+        scratch: 2·MP² + 6·MP float64 that no other program uses.
         LENGTH: the length model.
         DROP: leave non-finite rows out; else they make every weight NaN.
     """
     unit = scratch
     matrix = unit + MP * MP
-    vectors = matrix + MP * MP
-    wanted = vectors + MP * MP
+    line = matrix + MP * MP
+    wanted = line + 2 * MP
     solution = wanted + MP
     work = solution + MP
     inverse_norms = work + MP
@@ -284,7 +187,7 @@ def write_config_weights(
     tl.debug_barrier()
 
     store_unit_gramian(gramian, inverse_norms, unit, M, MP)
-    solve_direction(unit, matrix, vectors, wanted, work, solution, size, rtol, M, MP)
+    solve_direction(unit, matrix, line, wanted, work, solution, size, rtol, M, MP)
 
     # Read again what was known before: kept in registers all along, it would spill.
     finite, active, norms = active_rows(gramian, M, MP)

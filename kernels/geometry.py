@@ -197,9 +197,15 @@ def pairs(m: int) -> int:
     return power_of_two(m * (m + 1) // 2)
 
 
-def solve_warps(m: int) -> int:
-    """Warps of the program that solves a given Gramian: 16 elements a thread and matrix at 64 losses."""
-    return 8 if m > 16 else 4
+def solve_warps(m: int, parts: int = 0) -> int:
+    """Warps of a program that turns a given Gramian into weights, or one of several parts of them.
+
+    It takes many short steps, each ended by barriers and sums over all warps, which one warp does without; from 9
+    losses on the steps are long enough for four: 32 elements a thread and matrix at 64 losses. More would share the
+    arithmetic, of which there is little, and pay for it at every sum. Of several parts, two warps at least: the barrier
+    of a lone one, which orders its stores before its ticket, AMD's compiler leaves out.
+    """
+    return max(1 if m <= 8 else 4, 2 if parts else 1)
 
 
 def programs(n: int, tile: int, most: int, group: int | None = None) -> int:
@@ -210,21 +216,9 @@ def programs(n: int, tile: int, most: int, group: int | None = None) -> int:
 
 @cache
 def scratch_elements(m: int) -> int:
-    """float64 numbers that the solve works in: three matrices and four vectors."""
+    """float64 numbers that the solve works in: two matrices and six vectors."""
     padded = power_of_two(m)
-    return 3 * padded * padded + 4 * padded
-
-
-def rule_warps(m: int, parts: int) -> int:
-    """Warps of a program that turns a given Gramian into a method's weights, or one of several parts of them.
-
-    It takes hundreds of short steps, each ended by barriers and sums over all warps, which one warp does without; from
-    9 losses on the steps are long enough for more. With 64, 8 elements a thread and matrix leave room for all the
-    addresses that the compiler keeps, which else takes it half a minute. Of several parts, two warps at least: the
-    barrier of a lone one, which orders its stores before its ticket, AMD's compiler leaves out.
-    """
-    warps = 1 if m <= 8 else 8 if m <= 32 else 16
-    return max(2, warps) if parts else warps
+    return 2 * padded * padded + 6 * padded
 
 
 @cache

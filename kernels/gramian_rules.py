@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from . import geometry
-from .config_rule import active_rows, cells, diagonalise, multiply, solve_direction, store_unit_gramian
+from .config_rule import active_rows, solve_direction, store_unit_gramian
+from .jacobi import diagonalise
+from .matrices import cells, copy_matrix, multiply, times
 from .newton import is_solved, power_of, solve_bargain
-from .pivoting import copy_matrix, times
 from .quadratic import minimise_nonnegative, start_empty
 from .simplex import descend_on_simplex
 from .surgery import project_conflicts, raise_cosines, store_order, sum_of_changed
@@ -340,8 +341,6 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
     active = vector_of(scratch, 0, MP)
     factors = vector_of(scratch, 11, MP)
     x = vector_of(scratch, 12, MP)
-    hull = vector_of(scratch, 13, MP)  # asked before: behind the bargain, and only where in doubt, it would spill
-    tl.store(hull, tl.where(holds_zero(scratch, M, MP), 1.0, 0.0))
     norms = relative_norms(scratch, MP)
     scaled = power_of(tl.where(norms > 0.0, norms, 1.0), beta - 1.0)
     tl.store(factors + i, tl.load(vector_of(scratch, 2, MP) + i) * scaled)
@@ -354,11 +353,14 @@ def bargain_weights(scratch, beta, max_norm, M: tl.constexpr, MP: tl.constexpr):
         matrix_of(scratch, 2, MP),
         active,
         x,
+        vector_of(scratch, 13, MP),
         vector_of(scratch, 5, MP),
         M,
         MP,
     )
-    opposed = ~is_solved(unit, factors, beta, active, x, MP) & (tl.load(hull) > 0.0)
+    opposed = ~is_solved(unit, factors, beta, active, x, MP)
+    if opposed:
+        opposed = holds_zero(scratch, M, MP)
     values = tl.load(x + i) * tl.load(active + i)
     norm = tl.sqrt(tl.maximum(tl.sum(values * times(unit, x, MP)), 0.0))
     largest = largest_norm(scratch, MP)
@@ -383,43 +385,47 @@ def holds_zero(scratch, M: tl.constexpr, MP: tl.constexpr):
 
 
 @triton.jit
-def aligned_weights(scratch, scale, MP: tl.constexpr):
+def aligned_weights(scratch, scale, M: tl.constexpr, MP: tl.constexpr):
     """[MP] V √(s/Λ) Vᵀp, K = VΛVᵀ, of the eigenvalues over RTOL times the largest; Aligned-MTL.
 
     Source: arXiv 2305.19000, eq. 8; s is the least (scale 0), the median (1, the lower of two) or the mean (2).
     """
     i = tl.arange(0, MP)
     matrix = matrix_of(scratch, 1, MP)
-    vectors = matrix_of(scratch, 2, MP)
     along = vector_of(scratch, 3, MP)
+    squares = vector_of(scratch, 4, MP)
     left = relative_norms(scratch, MP)
     tl.store(along + i, left)
     tl.debug_barrier()
     scaled = tl.load(matrix_of(scratch, 0, MP) + cells(MP)) * tl.load(along + i)[:, None] * tl.load(along + i)[None, :]
     tl.store(matrix + cells(MP), scaled)
     tl.debug_barrier()
-    diagonalise(matrix, vectors, along, MP)
-    eigenvalues = tl.load(matrix + i * MP + i)
-    largest = tl.max(eigenvalues)
-    kept = ~(eigenvalues <= tl.maximum(RTOL * largest, 0.0))  # a NaN stays
-    tl.store(vector_of(scratch, 4, MP) + i, tl.where(kept, eigenvalues, float("inf")))
+    diagonalise(matrix, M, MP)
+    columns = tl.load(matrix + cells(MP))  # λ_k v_k
+    tl.store(squares + i, tl.sum(columns * columns, axis=0))
+    tl.store(along + i, tl.sum(columns * tl.load(vector_of(scratch, 2, MP) + i)[:, None], axis=0))
     tl.debug_barrier()
-    multiply(vectors, vector_of(scratch, 2, MP), along, MP)
-    own = tl.load(vector_of(scratch, 4, MP) + i)[:, None]
-    others = tl.load(vector_of(scratch, 4, MP) + i)[None, :]
-    before = (others < own) | ((others == own) & (i[None, :] < i[:, None]))
-    place = tl.sum(tl.where(before, 1, 0), axis=1)
+    eigenvalues = tl.sqrt(tl.load(squares + i))
+    largest = tl.max(eigenvalues)
+    kept = ~(eigenvalues <= RTOL * largest)  # a NaN stays
+    ordered = tl.where(kept, eigenvalues, float("inf"))
+    tl.store(vector_of(scratch, 5, MP) + i, ordered)
+    tl.debug_barrier()
+    own = tl.load(vector_of(scratch, 5, MP) + i)[None, :]
+    others = tl.load(vector_of(scratch, 5, MP) + i)[:, None]
+    before = (others < own) | ((others == own) & (i[:, None] < i[None, :]))
+    place = tl.sum(tl.where(before, 1, 0), axis=0)
     count = tl.sum(tl.where(kept, 1, 0))
-    ordered = tl.load(vector_of(scratch, 4, MP) + i)
     median = tl.sum(tl.where(kept & (place == (count - 1) // 2), ordered, 0.0))
     mean = tl.sum(tl.where(kept, ordered, 0.0)) / tl.maximum(count, 1).to(tl.float64)
     chosen = tl.where(scale == 0.0, tl.min(ordered), tl.where(scale == 1.0, median, mean))
+    # The columns are λ_k long, and so is what lies along them.
     factor = tl.where(kept, tl.sqrt(chosen / tl.where(kept, ordered, 1.0)), 0.0)
-    turned = tl.load(along + i) * factor
+    turned = tl.where(kept, tl.load(along + i) * factor / tl.where(kept, ordered * ordered, 1.0), 0.0)
     tl.debug_barrier()
     tl.store(along + i, turned)
     tl.debug_barrier()
-    return tl.sum(tl.load(vectors + cells(MP)) * tl.load(along + i)[:, None], axis=0)
+    return tl.sum(tl.load(matrix + cells(MP)) * tl.load(along + i)[None, :], axis=1)
 
 
 @triton.jit

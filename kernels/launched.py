@@ -12,7 +12,8 @@ from .graddrop import drop_tiles
 from .whole_gramian import gramian_of_few, gramian_of_many
 
 # No compilation depends on the value of a number or on where a tensor lies: ALIGNED alone tells of the latter. Triton
-# takes no notice of this for the tensors of a tuple, nor of which stride needs more than 32 bits.
+# takes no notice of this for the tensors of a tuple, nor of which stride needs more than 32 bits. The scratch alone is
+# always an allocation of its own, and that it begins at 16 bytes makes the m×m part's loads and stores half as many.
 UNSPECIALIZED = [
     "rows",
     "stride",
@@ -25,7 +26,6 @@ UNSPECIALIZED = [
     "direction",
     "tracked",
     "rtol",
-    "scratch",
     "table",
     "vectors",
     "leak",

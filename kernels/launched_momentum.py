@@ -38,7 +38,6 @@ UNSPECIALIZED = [
     "direction",
     "tracked",
     "rtol",
-    "scratch",
     "second",
     "pieces",
     "ranges",

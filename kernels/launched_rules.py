@@ -45,7 +45,6 @@ UNSPECIALIZED = [
     "second",
     "third",
     "fourth",
-    "scratch",
     "tickets",
 ]
 
@@ -114,7 +113,7 @@ def rule_of_gramian(
         elif KIND == NASH or KIND == FAIRGRAD:
             found = bargain_weights(scratch, first, second, M, MP)
         elif KIND == ALIGNED:
-            found = aligned_weights(scratch, first, MP)
+            found = aligned_weights(scratch, first, M, MP)
         elif KIND == DUALPROJ:
             found = dualproj_weights(scratch, M, MP)
         elif KIND == SDMGRAD:

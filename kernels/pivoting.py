@@ -7,7 +7,7 @@ begins as Q. Pivots on the rows of a set F, in any order, turn it into
     [ Q_NF Q_FF⁻¹    Q_NN - Q_NF Q_FF⁻¹ Q_FN    ]
 
 and a pivot on a row of F takes it out again. A pivot is one pass over the matrix, all of its elements at once. The
-diagonal of the last block says how much of a row is independent of F.
+diagonal of the last block says how much of a row is independent of F. The tableau stays symmetric.
 
 Matrices are MP × MP and vectors MP long, float64, in memory, with a barrier after every write; sets are vectors of 1
 and 0.
@@ -16,20 +16,7 @@ and 0.
 import triton
 import triton.language as tl
 
-from .config_rule import cells
-
-
-@triton.jit
-def times(matrix, x, MP: tl.constexpr):
-    """[MP] matrix @ x, both in memory."""
-    return tl.sum(tl.load(matrix + cells(MP)) * tl.load(x + tl.arange(0, MP))[None, :], axis=1)
-
-
-@triton.jit
-def copy_matrix(source, target, MP: tl.constexpr):
-    """target = source."""
-    tl.store(target + cells(MP), tl.load(source + cells(MP)))
-    tl.debug_barrier()
+from .matrices import cells, times
 
 
 @triton.jit
@@ -50,12 +37,51 @@ def pivot(tableau, k, enters, MP: tl.constexpr):
 
 
 @triton.jit
-def pivot_on_all(matrix, tableau, free, M: tl.constexpr, MP: tl.constexpr):
-    """Write the matrix's tableau for F = ``free``, from nothing."""
-    copy_matrix(matrix, tableau, MP)
+def swept(values, free, line, least, M: tl.constexpr, MP: tl.constexpr):
+    """([MP, MP] the tableau of a matrix for F = ``free``, whether the diagonal was over ``least`` where they met it).
+
+    The matrix stays in registers. A pivot's row, which is its column, too, passes through memory: one row of the two
+    is written while the other is read, so that one barrier a pivot is enough. The tableau is worth nothing where a
+    pivot was not positive.
+
+    Args:
+        values: [MP, MP], symmetric.
+        free: pointer to the set, or None for all of the first M rows.
+        line: 2·MP float64, overwritten.
+    """
+    r = tl.arange(0, MP)[:, None]
+    c = tl.arange(0, MP)[None, :]
+    regular = M > 0
+    tl.store(line + c + r * 0, values, mask=r == 0)
+    tl.debug_barrier()
     for k in range(M):
-        if tl.load(free + k) > 0.0:
-            pivot(tableau, k, True, MP)
+        here = line + (k % 2) * MP
+        row = tl.load(here + c)
+        column = tl.load(here + r)
+        own = tl.load(here + k)
+        inverse = 1.0 / own
+        crossed = (r == k) | (c == k)
+        if free is not None:
+            enters = (
+                tl.load(free + k + c * 0) > 0.0
+            )  # not a number: the interpreter takes no comparison of one for a mask
+            inverse = tl.where(enters, inverse, 0.0)
+            crossed = crossed & enters
+        regular = regular & (own > least)
+        row = tl.where(c == k, -1.0, row) * inverse
+        column = tl.where(r == k, 1.0, -column)
+        values = tl.fma(column, row, tl.where(crossed, 0.0, values))
+        tl.store(line + ((k + 1) % 2) * MP + c + r * 0, values, mask=r == k + 1)
+        tl.debug_barrier()
+    return values, regular
+
+
+@triton.jit
+def pivot_on_all(matrix, tableau, free, line, M: tl.constexpr, MP: tl.constexpr):
+    """Write the matrix's tableau for F = ``free``, from nothing. ``line`` is 2·MP float64, overwritten."""
+    values, _ = swept(tl.load(matrix + cells(MP)), free, line, 0.0, M, MP)
+    tl.store(tableau + cells(MP), values)
+    tl.debug_barrier()
 
 
 @triton.jit

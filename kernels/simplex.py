@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .pivoting import times
+from .matrices import times
 
 
 @triton.jit
@@ -18,11 +18,11 @@ def project_on_simplex(point, active, projected, MP: tl.constexpr):
     # Shifting all by the largest changes nothing but that 1 is not lost beside it.
     largest = tl.max(tl.where(inside, tl.load(point + i), -float("inf")))
     largest = tl.where(largest > -float("inf"), largest, 0.0)
-    own = tl.load(point + i)[:, None] - largest
-    others = tl.load(point + i)[None, :] - largest
-    as_large = (tl.load(active + i)[None, :] > 0.0) & (others >= own)
-    count = tl.sum(tl.where(as_large, 1.0, 0.0), axis=1)
-    total = tl.sum(tl.where(as_large, others, 0.0), axis=1)
+    own = tl.load(point + i)[None, :] - largest
+    others = tl.load(point + i)[:, None] - largest
+    as_large = (tl.load(active + i)[:, None] > 0.0) & (others >= own)
+    count = tl.sum(tl.where(as_large, 1.0, 0.0), axis=0)
+    total = tl.sum(tl.where(as_large, others, 0.0), axis=0)
     level = tl.max(tl.where(inside, (total - 1.0) / tl.maximum(count, 1.0), -float("inf")))
     tl.store(projected + i, tl.where(inside, tl.maximum(tl.load(point + i) - largest - level, 0.0), 0.0))
     tl.debug_barrier()

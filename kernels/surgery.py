@@ -8,7 +8,7 @@ adds one coefficient to every row, and to the products B = AC that the next step
 import triton
 import triton.language as tl
 
-from .config_rule import cells
+from .matrices import cells
 
 RTOL = tl.constexpr(1e-12)
 

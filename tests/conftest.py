@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
+import random
 import sys
 
 # Before numpy is imported: its BLAS spins a second set of threads beside torch's, which costs seconds on two cores.
@@ -19,12 +21,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     torch.set_num_threads(1)
 
 # PyTorch's own Triton may be one whose interpreter cannot run every kernel: `make test` names a newer one.
-if not torch.cuda.is_available() and os.environ.get("FASTCONFIG_NEWEST_TRITON"):
-    sys.path.insert(0, os.path.abspath(os.environ["FASTCONFIG_NEWEST_TRITON"]))
+if not torch.cuda.is_available() and os.environ.get("FASTCONFIG_TRITON"):
+    sys.path.insert(0, os.path.abspath(os.environ["FASTCONFIG_TRITON"]))
 
-# Before the kernels are imported: without a GPU, Triton's interpreter runs them, on the CPU's tensors.
+# Before the kernels are imported: without a GPU, Triton's interpreter runs them, on the CPU's tensors; or, where an
+# architecture is named, the emulator of tests/ptx does, as they are compiled for it.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("FASTCONFIG_EMULATE") else "1")
 
 from fastconfig import backends, landing, sweep
 from fastconfig.backends import BACKENDS
@@ -46,6 +49,9 @@ if importlib.util.find_spec("hypothesis"):  # the tests that a bare machine with
     hypothesis.settings.load_profile("fastconfig")
 
 # test_cpu.py asserts that the compiled core is built; here a missing one only shortens the list.
+EMULATED = os.environ.get("FASTCONFIG_EMULATE")
+"""The architecture, such as sm_90, or None."""
+
 BACKENDS_HERE = ["reference"] + (["cpu"] if BACKENDS["cpu"].available() is None else [])
 
 
@@ -66,7 +72,43 @@ def runs_every_kernel() -> bool:
     """Whether the installed Triton's interpreter does."""
     import triton
 
-    return tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 9)
+    return bool(EMULATED) or tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 9)
+
+
+if EMULATED:
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of it; the kernels say what they want
+    from ptx.launching import Emulator, Tally
+
+    EMULATOR = Emulator(int(EMULATED.removeprefix("sm_")))
+    EMULATOR.install()
+    backends.triton.INTERPRETED = True  # on tensors of any device
+    backends.triton.device_of = lambda device: EMULATOR.device
+
+    @pytest.fixture
+    def emulator() -> Emulator:
+        """Where every launch of this process goes."""
+        return EMULATOR
+
+    @pytest.fixture(autouse=True)
+    def schedule_of_the_test(request: pytest.FixtureRequest):
+        """The same order of programs and warps whenever this test runs, and another one for each number asked for."""
+        EMULATOR.random = random.Random(f"{os.environ.get('FASTCONFIG_EMULATE_SEED', '0')} {request.node.nodeid}")
+
+    def pytest_sessionfinish(session: pytest.Session) -> None:
+        """What ran, for the process that asked for the tests."""
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["emulated"] = dataclasses.asdict(EMULATOR.tally)
+
+    TALLIES: list[dict[str, object]] = []
+
+    def pytest_testnodedown(node) -> None:
+        """Of each process."""
+        TALLIES.append(node.workeroutput["emulated"])
+
+    def pytest_terminal_summary(terminalreporter) -> None:
+        """What ran on the emulator."""
+        total = sum((Tally(**tally) for tally in TALLIES), start=EMULATOR.tally)
+        terminalreporter.write_line(f"{EMULATED}, Triton {backends.triton.triton.__version__}: {total}")
 
 
 @pytest.fixture

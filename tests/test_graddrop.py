@@ -184,6 +184,7 @@ def test_every_implementation_keeps_the_same_elements(kernel, dtype):
             assert torch.equal(got, rounded(wanted, dtype)), (m, n, layout)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_implementation_leaks_alike(kernel, dtype):
     for m, n, layout in cases(kernel)[::2]:

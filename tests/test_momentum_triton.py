@@ -221,6 +221,7 @@ def test_steps_equal_the_reference(m: int, n: int, k: int) -> None:
             assert_same(ours, theirs, step + 1)
 
 
+@pytest.mark.emulated
 @pytest.mark.usefixtures("small_programs")
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 700, 1), (3, 1400, 2), (6, 515, 1), (9, 301, 3), (17, 260, 5), (40, 150, 1)]
@@ -239,6 +240,7 @@ def test_many_programs_in_two_launches(m: int, n: int, k: int, launches: list[st
     assert [name for name in launches if not name.startswith("table")] == two * 2
 
 
+@pytest.mark.emulated
 def test_a_small_problem_is_one_launch(launches: list[str]) -> None:
     """From the second step on, and with a learning rate on the device whatever it is."""
     n, rate = 600, torch.tensor(0.01, device=DEVICE)
@@ -341,6 +343,7 @@ def test_a_row_of_no_weight_and_without_a_gradient_is_not_read(m: int) -> None:
     assert training.segment.moments.second.isfinite().all()
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(("m", "n"), [(3, 1000), (9, 200), (66, 40)])
 def test_the_parts_equal_the_reference(m: int, n: int, small_programs: None) -> None:
     """Products, a decision with a limit on the update's norm, and the update, as several segments ask for them."""

@@ -26,8 +26,8 @@ from fastconfig.rows import Rows
 OLDEST = (3, 6)
 """The oldest Triton that the kernels compile on; the tests compile them on this one and on the newest."""
 OLDEST_WITH_ALL_MATRIX_UNITS = (3, 9)
-"""The oldest Triton known to use float64 matrix products, which the Gramian of more than 8 losses is made of, on AMD
-(older ones do not compile them) and from compute capability 10 on (3.6 multiplies number by number, and spills)."""
+"""The oldest Triton that makes float64 matrix products, which the Gramian of more than 8 losses is made of, for every
+device that has units for them: older ones do for compute capability 8.0 and 9.0 alone, and on AMD not all compile."""
 
 _WITH_FLOAT64_MATRIX_UNITS = ("gfx90a", "gfx94", "gfx95")
 """AMD's architectures that have them."""
@@ -364,13 +364,19 @@ def device_of(device: torch.device) -> Device:
     nvidia = torch.version.hip is None
     lanes = getattr(properties, "warp_size", 32 if nvidia else 64)  # an attribute of newer PyTorch
     name = getattr(properties, "gcnArchName", "")
-    return describe(properties.multi_processor_count, lanes, nvidia, properties.major, name)
+    capability = (properties.major, properties.minor)
+    return describe(properties.multi_processor_count, lanes, nvidia, capability, name)
 
 
-def describe(multiprocessors: int, lanes: int, nvidia: bool, major: int = 0, name: str = "") -> Device:
-    """What a launch needs to know of a device of this size and NVIDIA's major compute capability or AMD's name."""
+def describe(
+    multiprocessors: int, lanes: int, nvidia: bool, capability: tuple[int, int] = (0, 0), name: str = ""
+) -> Device:
+    """What a launch needs to know of a device of this size and NVIDIA's compute capability or AMD's name."""
     newest = _version() >= OLDEST_WITH_ALL_MATRIX_UNITS
-    matrix_units = newest or major < 10 if nvidia else newest and name.startswith(_WITH_FLOAT64_MATRIX_UNITS)
+    if nvidia:
+        matrix_units = capability in ((8, 0), (9, 0)) or (newest and (10, 0) <= capability < (12, 0))
+    else:
+        matrix_units = newest and name.startswith(_WITH_FLOAT64_MATRIX_UNITS)
     return Device(multiprocessors, lanes, matrix_units, limits_registers=nvidia, barrier_orders_all=nvidia)
 
 
@@ -521,7 +527,7 @@ def _launch_rule(
 ) -> None:
     m, device = len(gramian), workspace.device
     parts = m if rule.kind == "upgrad" else 0
-    warps = geometry.solve_warps(m) if rule.kind in _AS_CONFIG else geometry.rule_warps(m, parts)
+    warps = geometry.solve_warps(m, parts)
     workspace.reserve_rule(geometry.rule_elements(m, parts))
     workspace.reserve_sums(0, 1)
     preferences = numbers_on(rule, "preferences", m, device)
@@ -542,8 +548,6 @@ def _launch_rule(
 
 _BY_SHARES = ("cagrad", "aligned", "dualproj", "upgrad", "sdmgrad")
 """Kinds that take the preferences over their sum."""
-_AS_CONFIG = ("imtlg", "aligned")
-"""Kinds that solve as ConFIG does, with as many warps."""
 _ONLY_PREFERRED = ("inverse_norm", "cagrad", "nash", "fairgrad")
 """Kinds in which a row of preference 0 takes no part."""
 
