@@ -81,19 +81,24 @@ class Architecture(NamedTuple):
 
 
 def nvidia(capability: int, multiprocessors: int, shared_kib: int) -> Architecture:
-    device = backend.describe(multiprocessors, lanes=32, nvidia=True, major=capability // 10)
+    device = backend.describe(multiprocessors, lanes=32, nvidia=True, capability=divmod(capability, 10))
     return Architecture(GPUTarget("cuda", capability, 32), device, shared_kib * KIB)
 
 
-def amd(name: str, multiprocessors: int, shared_kib: int) -> Architecture:
-    device = backend.describe(multiprocessors, lanes=64, nvidia=False, name=name)
-    return Architecture(GPUTarget("hip", name, 64), device, shared_kib * KIB)
+def amd(name: str, multiprocessors: int, shared_kib: int, lanes: int = 64) -> Architecture:
+    device = backend.describe(multiprocessors, lanes=lanes, nvidia=False, name=name)
+    return Architecture(GPUTarget("hip", name, lanes), device, shared_kib * KIB)
 
 
 ARCHITECTURES = {
     "sm_80": nvidia(80, multiprocessors=108, shared_kib=163),  # A100
+    "sm_86": nvidia(86, multiprocessors=84, shared_kib=99),  # A10
+    "sm_89": nvidia(89, multiprocessors=128, shared_kib=99),  # RTX 4090, L4
     "sm_90": nvidia(90, multiprocessors=132, shared_kib=227),  # H100
     "sm_100": nvidia(100, multiprocessors=148, shared_kib=227),  # B200
+    "sm_120": nvidia(120, multiprocessors=170, shared_kib=99),  # RTX 5090
+    "gfx90a": amd("gfx90a", multiprocessors=104, shared_kib=64),  # MI250X
+    "gfx1100": amd("gfx1100", multiprocessors=48, shared_kib=64, lanes=32),  # RX 7900
     "gfx942": amd("gfx942", multiprocessors=304, shared_kib=64),  # MI300X
 }
 
@@ -616,12 +621,28 @@ def nvidia_report(compiled: Any, readers: Sequence[Lines]) -> dict[str, int]:
         "stack_bytes": int(stack),
         "spills": kinds["LDL"] + kinds["STL"],
         "scalar_spills": 0,
+        "tickets_unfenced": unfenced_tickets(opcodes),
         "matrix_products": kinds["DMMA"],
         "fused_multiply_adds": kinds["DFMA"],
         **loads_report(instructions, readers),
         "all_wide_loads": sum(re.match(r"LDG.*\.(128|256)\b", opcode) is not None for opcode in opcodes),
         **tickets_report(instructions, r"atom\b.*acq_rel", r"st\.global", r"(bar|barrier)(\.\w+)*\.sync"),
     }
+
+
+def unfenced_tickets(opcodes: Sequence[str]) -> int:
+    """How many tickets do not stand between a fence and the first-level cache's invalidation, in the machine code.
+
+    The fence, for the whole device, makes what this program stored visible before the ticket is taken; the invalidation
+    makes this multiprocessor read anew what others stored before theirs.
+    """
+    tickets = [place for place, opcode in enumerate(opcodes) if re.match(r"ATOMG?\.E\.ADD", opcode)]
+    unfenced = 0
+    for place in tickets:
+        before = [opcode for opcode in opcodes[max(0, place - FENCE_DISTANCE) : place] if opcode.startswith("MEMBAR")]
+        behind = [opcode for opcode in opcodes[place : place + FENCE_DISTANCE] if opcode.startswith("CCTL.IVALL")]
+        unfenced += not (before and before[-1].endswith(".GPU") and behind)
+    return unfenced
 
 
 def amd_report(compiled: Any, readers: Sequence[Lines]) -> dict[str, int]:
@@ -661,6 +682,9 @@ def loads_report(instructions: Sequence[Instruction], readers: Sequence[Lines]) 
     loads = [is_wide(instruction) for instruction in instructions if reads_rows(instruction, readers)]
     return {"wide_loads": sum(loads), "narrow_loads": len(loads) - sum(loads)}
 
+
+FENCE_DISTANCE = 24
+"""Machine instructions within which a ticket's fence and its invalidation stand."""
 
 AMD_WAIT = r"s_waitcnt\b.*vmcnt\(0\)"
 """The instruction by which a wavefront waits for its own stores to arrive in memory."""
@@ -809,6 +833,8 @@ def findings(this: Specialisation, report: dict[str, Any]) -> Iterator[str]:
         yield f"takes {report['tickets']} tickets where {tickets_taken(this)} are due"
     if report["tickets_without_barrier"]:
         yield f"{report['tickets_without_barrier']} tickets without a barrier after the last store"
+    if report.get("tickets_unfenced"):
+        yield f"{report['tickets_unfenced']} tickets that do not stand between a fence and an invalidation"
     if report["tickets_without_wait"]:
         yield f"{report['tickets_without_wait']} tickets before whose barrier wavefronts do not wait for their stores"
 
@@ -852,6 +878,16 @@ def tickets_taken(this: Specialisation) -> int:
     return 0
 
 
+def makes_matrix_products(architecture: str) -> bool:
+    """Whether the kernel of many losses, launched whatever the device has, is compiled to matrix products."""
+    recorder = Recorder(architecture)
+    device = ARCHITECTURES[architecture].device._replace(has_matrix_units=True)
+    with recording(recorder, alternatives=False), mock.patch.object(backend, "device_of", return_value=device):
+        Problem(9, call="gramian").run()
+    (this,) = recorder.found.values()
+    return bool(compiled_report(this).get("matrix_products"))
+
+
 def compile_all(wanted: Sequence[Specialisation], jobs: int) -> list[dict[str, Any]]:
     """Reports of all, in no particular order."""
     reports = []
@@ -876,7 +912,13 @@ def main() -> int:
         return 2
     wanted = [this for name in arguments.arch for this in specialisations(name, arguments.subset)]
     reports = sorted(compile_all(wanted, arguments.jobs), key=lambda report: json.dumps(order_of(report)))
-    head = {"triton": triton.__version__, "subset": arguments.subset, "architectures": arguments.arch}
+    units = {name: [this.device.has_matrix_units, makes_matrix_products(name)] for name, this in ARCHITECTURES.items()}
+    head = {
+        "triton": triton.__version__,
+        "subset": arguments.subset,
+        "architectures": arguments.arch,
+        "matrix units (taken for granted, found)": units,
+    }
     path = arguments.out or HERE / "results" / f"kernels-triton-{triton.__version__}.json"
     path.write_text(as_json(head, reports))
     console = Console(width=150)

@@ -74,7 +74,7 @@ def solve_truncated(unit, matrix, wanted, work, solution, rtol, M: tl.constexpr,
     inside = tl.where(dropped, 0.0, along / tl.where(dropped, 1.0, squares * tl.sqrt(squares)))
     tl.store(work + i, inside)
     tl.debug_barrier()
-    product = tl.sum(columns * tl.load(work + i)[None, :], axis=1)
+    product = tl.sum(tl.load(matrix + cells(MP)) * tl.load(work + i)[None, :], axis=1)
     tl.store(solution + i, product)
     tl.debug_barrier()
     return largest

@@ -201,11 +201,12 @@ def solve_warps(m: int, parts: int = 0) -> int:
     """Warps of a program that turns a given Gramian into weights, or one of several parts of them.
 
     It takes many short steps, each ended by barriers and sums over all warps, which one warp does without; from 9
-    losses on the steps are long enough for four: 32 elements a thread and matrix at 64 losses. More would share the
-    arithmetic, of which there is little, and pay for it at every sum. Of several parts, two warps at least: the barrier
-    of a lone one, which orders its stores before its ticket, AMD's compiler leaves out.
+    losses on the steps are long enough for four, and beyond 32 eight have the registers for a matrix beside what is
+    made of it. More would share the arithmetic, of which there is little, and pay for it at every sum. Of several
+    parts, two warps at least: the barrier of a lone one, which orders its stores before its ticket, AMD's compiler
+    leaves out.
     """
-    return max(1 if m <= 8 else 4, 2 if parts else 1)
+    return max(1 if m <= 8 else 4 if m <= 32 else 8, 2 if parts else 1)
 
 
 def programs(n: int, tile: int, most: int, group: int | None = None) -> int:

@@ -9,15 +9,17 @@ import triton.language as tl
 from .combination import combine_tiles
 from .config_rule import write_config_weights
 from .graddrop import drop_tiles
+from .rows import vectors_at
 from .whole_gramian import gramian_of_few, gramian_of_many
 
-# No compilation depends on the value of a number or on where a tensor lies: ALIGNED alone tells of the latter. Triton
-# takes no notice of this for the tensors of a tuple, nor of which stride needs more than 32 bits. The scratch alone is
+# No compilation depends on the value of a number or on where a tensor lies: ALIGNED alone tells of the latter. Separate
+# vectors come as addresses, as Triton takes no notice of this for the tensors of a tuple. The scratch alone is
 # always an allocation of its own, and that it begins at 16 bytes makes the m×m part's loads and stores half as many.
 UNSPECIALIZED = [
     "rows",
     "stride",
     "n",
+    *(f"address{u}" for u in range(16)),
     "partials",
     "tickets",
     "gramian",
@@ -27,7 +29,8 @@ UNSPECIALIZED = [
     "tracked",
     "rtol",
     "table",
-    "vectors",
+    "first",
+    "count",
     "leak",
     "seed",
     "column",
@@ -60,8 +63,16 @@ def config_of_gramian(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def config_of_few(
     rows,
-    stride,
+    stride: tl.int64,
     n: tl.int64,
+    address0: tl.int64,
+    address1: tl.int64,
+    address2: tl.int64,
+    address3: tl.int64,
+    address4: tl.int64,
+    address5: tl.int64,
+    address6: tl.int64,
+    address7: tl.int64,
     partials,
     tickets,
     gramian,
@@ -71,23 +82,26 @@ def config_of_few(
     tracked: tl.int32,
     rtol: tl.float64,
     scratch,
+    SEPARATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     M: tl.constexpr,
     MP: tl.constexpr,
+    LENGTH: tl.constexpr,
+    DROP: tl.constexpr,
     PAIRS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
-    ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
     FENCE: tl.constexpr,
-    LENGTH: tl.constexpr,
-    DROP: tl.constexpr,
 ):
     """Gramian of up to 8 rows; with ``weights`` ConFIG's weights, too; by one program with ``out``, all of it.
 
     Args:
-        rows, stride: as ``rows.row_pointer``: a pointer to the first row, or a tuple of M.
+        rows, stride: a pointer to the first row, and elements from one to the next.
         n: columns.
+        address0 to address7, SEPARATE: with SEPARATE the rows begin at these addresses, and ``rows`` says only of
+            which dtype they are.
         partials: float64, PAIRS a program and PAIRS a group of GROUP programs; None says that one program is launched.
         tickets: int32 zeros, one and one a group of programs; zeros again when the launch ends.
         gramian: (M, M) float64, written.
@@ -100,13 +114,16 @@ def config_of_few(
 
     Traffic: M·n elements read, and with ``out`` again from the cache and n written.
     """
-    if stride is not None:
-        stride = tl.cast(stride, tl.int64)  # not annotated, which would make a number of None
+    stride = tl.cast(stride, tl.int64)  # for the interpreter, which takes no notice of annotations
+    if SEPARATE:
+        addresses = (address0, address1, address2, address3, address4, address5, address6, address7)
+        rows = vectors_at(addresses, rows, M)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    apart = None if SEPARATE else stride
     last = gramian_of_few(
         rows,
-        stride,
+        apart,
         None,
         n,
         partials,
@@ -129,13 +146,13 @@ def config_of_few(
             write_config_weights(gramian, weights, direction, tracked, rtol, scratch, M, MP, LENGTH, DROP)
             if out is not None:
                 tl.debug_barrier()
-                combine_tiles(rows, stride, n, weights, out, program, programs, M, THREADS, VECTOR, ALIGNED)
+                combine_tiles(rows, apart, n, weights, out, program, programs, M, THREADS, VECTOR, ALIGNED)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def config_of_many(
     rows,
-    stride,
+    stride: tl.int64,
     n: tl.int64,
     partials,
     tickets,
@@ -145,18 +162,18 @@ def config_of_many(
     tracked: tl.int32,
     rtol: tl.float64,
     scratch,
-    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     M: tl.constexpr,
     MP: tl.constexpr,
+    LENGTH: tl.constexpr,
+    DROP: tl.constexpr,
+    DTYPE: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
     FENCE: tl.constexpr,
-    LENGTH: tl.constexpr,
-    DROP: tl.constexpr,
 ):
     """Gramian of any number of rows by blocks of 16, and, where ``weights`` is given, ConFIG's weights of up to 64.
 
@@ -206,51 +223,70 @@ def config_of_many(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def combination(
     rows,
-    stride,
+    stride: tl.int64,
     n: tl.int64,
+    address0: tl.int64,
+    address1: tl.int64,
+    address2: tl.int64,
+    address3: tl.int64,
+    address4: tl.int64,
+    address5: tl.int64,
+    address6: tl.int64,
+    address7: tl.int64,
     weights,
     out,
+    SEPARATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     M: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     """Σ c_i g_i into ``out``.
 
     Args:
-        rows, stride: as ``rows.row_pointer`` up to 8 rows, as ``rows.row_pointers`` above.
+        rows, stride: as ``config_of_few``; of more than 8 separate rows, as ``rows.row_pointers`` has them.
         n: columns.
+        address0 to address7, SEPARATE: as ``config_of_few``.
         weights: (M,) float64.
         out: (n,) of the rows' dtype, written.
         ALIGNED: every row, and ``out``, begins at a multiple of 16 bytes.
 
     Traffic: (k + 1)·n elements, k the number of non-zero weights.
     """
-    if stride is not None:
-        stride = tl.cast(stride, tl.int64)  # as above
-    combine_tiles(rows, stride, n, weights, out, tl.program_id(0), tl.num_programs(0), M, THREADS, VECTOR, ALIGNED)
+    stride = tl.cast(stride, tl.int64)  # as above
+    if SEPARATE:
+        addresses = (address0, address1, address2, address3, address4, address5, address6, address7)
+        rows = vectors_at(addresses, rows, M)
+    apart = None if SEPARATE else stride
+    combine_tiles(rows, apart, n, weights, out, tl.program_id(0), tl.num_programs(0), M, THREADS, VECTOR, ALIGNED)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def graddrop(
     rows,
-    stride,
+    stride: tl.int64,
     n: tl.int64,
+    address0: tl.int64,
+    address1: tl.int64,
+    address2: tl.int64,
+    address3: tl.int64,
     leak,
     seed,
     column: tl.int64,
     out,
+    SEPARATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr,
     M: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """GradDrop's combination into ``out``.
 
     Args:
-        rows, stride: as ``rows.row_pointer`` up to 4 rows, as ``rows.row_pointers`` above.
+        rows, stride: as ``config_of_few``; of more than 4 separate rows, as ``rows.row_pointers`` has them.
         n: columns.
+        address0 to address3, SEPARATE: as ``config_of_few``.
         leak: (M,) float64; None for zeros.
         seed: one int64 in memory.
         column: the number of the first column.
@@ -260,15 +296,40 @@ def graddrop(
 
     Traffic: (M + 1)·n elements.
     """
-    if stride is not None:
-        stride = tl.cast(stride, tl.int64)  # as above
+    stride = tl.cast(stride, tl.int64)  # as above
+    if SEPARATE:
+        rows = vectors_at((address0, address1, address2, address3), rows, M)
     program, programs = tl.program_id(0), tl.num_programs(0)
     key = tl.load(seed)
-    drop_tiles(rows, stride, n, leak, key, column, out, program, programs, M, THREADS, VECTOR, ALIGNED, SPLIT)
+    apart = None if SEPARATE else stride
+    drop_tiles(rows, apart, n, leak, key, column, out, program, programs, M, THREADS, VECTOR, ALIGNED, SPLIT)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def table_of_addresses(table, vectors, COUNT: tl.constexpr):
-    """Write the addresses of COUNT vectors, a tuple, into ``table`` (COUNT,) int64, without the host's memory."""
-    for i in tl.static_range(COUNT):
-        tl.store(table + i, vectors[i].to(tl.int64))
+def table_of_addresses(
+    table,
+    first: tl.int32,
+    count: tl.int32,
+    address0: tl.int64,
+    address1: tl.int64,
+    address2: tl.int64,
+    address3: tl.int64,
+    address4: tl.int64,
+    address5: tl.int64,
+    address6: tl.int64,
+    address7: tl.int64,
+    address8: tl.int64,
+    address9: tl.int64,
+    address10: tl.int64,
+    address11: tl.int64,
+    address12: tl.int64,
+    address13: tl.int64,
+    address14: tl.int64,
+    address15: tl.int64,
+):
+    """Write up to 16 addresses into a table of int64, from place ``first`` on, without the host's memory."""
+    low = (address0, address1, address2, address3, address4, address5, address6, address7)
+    high = (address8, address9, address10, address11, address12, address13, address14, address15)
+    for u in tl.static_range(8):
+        tl.store(table + first + u, low[u], mask=u < count)
+        tl.store(table + first + 8 + u, high[u], mask=8 + u < count)

@@ -14,6 +14,16 @@ def row_pointer(rows, stride, i: tl.constexpr):
 
 
 @triton.jit
+def vectors_at(addresses, rows, M: tl.constexpr):
+    """A tuple of pointers to M vectors of the dtype that ``rows`` points to."""
+    DTYPE: tl.constexpr = rows.dtype.element_ty
+    pointers = ()
+    for i in tl.static_range(M):
+        pointers = pointers + (tl.cast(addresses[i], tl.int64).to(tl.pointer_type(DTYPE)),)
+    return pointers
+
+
+@triton.jit
 def row_pointers(rows, stride, i, M: tl.constexpr, DTYPE: tl.constexpr):
     """Where rows ``i``, a tensor of indices, begin: as ``row_pointer``, or ``rows`` is a table of m int64 addresses.
 

@@ -163,6 +163,26 @@ def test_a_barrier_stands_before_every_ticket(result):
     assert those(result, lambda report: report["tickets_without_barrier"]) == []
 
 
+def test_every_ticket_stands_between_its_fence_and_its_invalidation(result):
+    """In the machine code, which alone says what an atomic with release and acquire is made of."""
+    of_nvidia = [report for report in compiled(result) if report["architecture"].startswith("sm_")]
+    assert any(report["tickets"] for report in of_nvidia)
+    assert [described(report) for report in of_nvidia if report["tickets_unfenced"]] == []
+
+
+def test_devices_have_matrix_units_where_products_are_made_of_them(result):
+    """By what this Triton compiles: a device that is taken to have them and has none would spill, and crawl."""
+    units = result["matrix units (taken for granted, found)"]
+    assert {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100"} <= set(units)
+    taken = {name: given for name, (given, _) in units.items()}
+    found = {name: made for name, (_, made) in units.items()}
+    if is_oldest(result):
+        found["gfx90a"] = False  # it compiles this one product there, not all of them
+    assert taken == found
+    assert taken["sm_90"]
+    assert not taken["sm_89"]
+
+
 def test_wavefronts_wait_for_their_partial_sums_before_the_barrier(result):
     """In those of many losses, as several store them; few losses' are stored by the wavefront that takes the ticket."""
     several = [report for report in compiled(result) if report["kernel"] in BY_MATRIX_UNITS]

@@ -464,7 +464,6 @@ def test_offsets_past_two_to_the_31(m: int) -> None:
 def test_where_a_barrier_does_not_order_all_stores(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD, with wavefronts of 64; the interpreter shows no race, but that the fence counts for nothing."""
     monkeypatch.setattr(gpu, "device_of", lambda device: gpu.Device(2, 64, True, False, False))
-    monkeypatch.setattr(gpu, "few_arguments", gpu.few_arguments.__wrapped__)
     ours, theirs = pair(m, 600 if m == 3 else 300)
     recorded = gradients(range(m), ours.segment.moments.first.shape[1], torch.float32, seed=0)
     for training in (ours, theirs):

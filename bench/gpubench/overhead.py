@@ -45,8 +45,8 @@ def measure_host(run: Run) -> None:
 def small_launch(device: torch.device) -> Call:
     from fastconfig.kernels import launched
 
-    table, vector = torch.empty(1, dtype=torch.int64, device=device), torch.empty(1, device=device)
-    return lambda: launched.table_of_addresses[(1,)](table, (vector,), COUNT=1, num_warps=1)
+    table = torch.empty(16, dtype=torch.int64, device=device)
+    return lambda: launched.table_of_addresses[(1,)](table, 0, 16, *range(16), num_warps=1)
 
 
 def host_time(call: Call, run: Run, times: int) -> Timing:

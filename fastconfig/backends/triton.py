@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import reference
+from fastconfig.backends.launching import launch as launch_kernel
 from fastconfig.backends.philox import WORDS
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
 from fastconfig.moments import HEAD
@@ -54,7 +55,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AUTOTUNE = os.environ.get("FASTCONFIG_AUTOTUNE") == "1"
 """Try the launches of ``kernels/geometry.py`` at the first call of a kind instead of taking the table's."""
 
-_ADDRESSES_A_LAUNCH = 64
+_ADDRESSES_A_LAUNCH = 16
+_FEW = 8
+"""Addresses that a kernel of separate vectors takes as arguments."""
+_NO_ADDRESSES = (0,) * _FEW
 _TABLES_KEPT = 256
 
 
@@ -238,10 +242,14 @@ class Device(NamedTuple):
 class Operand(NamedTuple):
     """Rows as the kernels take them."""
 
-    pointer: Tensor | tuple[Tensor, ...]
-    """A tensor that begins with the first row, up to 8 separate vectors, or a table of more vectors' addresses."""
-    stride: int | None
-    """Elements from one row to the next; None for separate vectors, 0 for a table."""
+    pointer: Tensor
+    """A tensor that begins with the first row, a table of more than 8 vectors' addresses, or one of fewer vectors."""
+    stride: int
+    """Elements from one row to the next; 0 for separate vectors."""
+    addresses: tuple[int, ...]
+    """Where up to 8 separate vectors begin, and zeros."""
+    separate: bool
+    """Whether they do."""
     aligned: bool
     """Whether every row, and the output, begins at a multiple of 16 bytes."""
     m: int
@@ -253,6 +261,15 @@ class Operand(NamedTuple):
     """Elements of a thread's widest load."""
     is_small: bool
     """Whether one program is the quickest to do it all."""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What a compilation depends on of it."""
+        return self.separate, self.aligned, self.m, self.dtype, self.device, self.pointer.dtype
+
+    def constants(self) -> dict[str, object]:
+        """The same as arguments of a kernel that takes separate vectors, too."""
+        return {"SEPARATE": self.separate, "ALIGNED": self.aligned}
 
 
 @dataclass
@@ -270,7 +287,6 @@ class Workspace:
         self.lock = threading.RLock()
         self.partials = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tickets = torch.zeros(0, dtype=torch.int32, device=self.device)
-        self.addresses = torch.empty(0, dtype=torch.int64, device=self.device)
         self.gramian = self.weights = self.scratch = self.decision = self.partials
         self.tables: dict[object, Tensor] = {}
         self.rule_scratch = self.partials
@@ -310,21 +326,23 @@ class Workspace:
         if table is None:
             if len(self.tables) >= _TABLES_KEPT:
                 self.tables.clear()  # the memory is given out again on this stream alone, behind what reads it now
-            table = self.addresses.new_zeros(words)
+            table = torch.zeros(words, dtype=torch.int64, device=self.device)
             write(table)
             self.tables[key] = table
         return table
 
-    def table_for(self, vectors: tuple[Tensor, ...]) -> Tensor:
-        """The (m,) addresses of the vectors on the device, written there by launches: no copy from the host."""
-        if len(self.addresses) < len(vectors):
-            self.addresses = self.addresses.new_empty(len(vectors))
-        for first in range(0, len(vectors), _ADDRESSES_A_LAUNCH):
-            some = vectors[first : first + _ADDRESSES_A_LAUNCH]
-            launched.table_of_addresses[(1,)](
-                self.addresses[first:], some, COUNT=len(some), **compiler_options(self.device, 1, 1)
-            )
-        return self.addresses
+    def table_for(self, addresses: tuple[int, ...]) -> Tensor:
+        """The (m,) addresses on the device, written there by launches where they are new: no copy from the host."""
+
+        def write(table: Tensor) -> None:
+            options = compiler_options(self.device, 1, 1)
+            for first in range(0, len(addresses), _ADDRESSES_A_LAUNCH):
+                some = addresses[first : first + _ADDRESSES_A_LAUNCH]
+                padding = (0,) * (_ADDRESSES_A_LAUNCH - len(some))
+                arguments = (table, first, len(some), *some, *padding)
+                launch_kernel(launched.table_of_addresses, 1, self.device, arguments, lambda: ({}, options))
+
+        return self.table(addresses, len(addresses), write)
 
 
 _WORKSPACES: dict[tuple[torch.device, int], Workspace] = {}
@@ -389,18 +407,24 @@ def _operand(rows: Rows, workspace: Workspace, out: Tensor | None, few: int | No
     m, n, dtype, device, matrix, vectors = rows
     itemsize = dtype.itemsize
     starts = 0 if out is None else out.data_ptr()  # of several numbers, a bit is set where it is set in any of them
-    pointer: Tensor | tuple[Tensor, ...]
-    stride: int | None
+    addresses, separate = _NO_ADDRESSES, False
     if matrix is not None:
         pointer, stride = matrix, matrix.stride(0) if m > 1 else 0
         starts |= matrix.data_ptr() | stride * itemsize
     else:
-        pointer, stride = (vectors, None) if m <= (few or geometry.FEW) else (workspace.table_for(vectors), 0)
-        for vector in vectors:
-            starts |= vector.data_ptr()
+        own = tuple(vector.data_ptr() for vector in vectors)
+        for start in own:
+            starts |= start
+        separate = m <= (few or geometry.FEW)
+        stride = 0
+        if separate:
+            pointer, addresses = vectors[0], own + _NO_ADDRESSES[m:]
+        else:
+            pointer = workspace.table_for(own)
     widest = geometry.VECTOR_BYTES
     small = m <= geometry.FEW and m * n * itemsize <= geometry.ONE_LAUNCH_BYTES
-    return Operand(pointer, stride, starts % widest == 0, m, n, dtype, device, widest // itemsize, small)
+    aligned = starts % widest == 0
+    return Operand(pointer, stride, addresses, separate, aligned, m, n, dtype, device, widest // itemsize, small)
 
 
 def _launch_gramian(
@@ -440,26 +464,42 @@ def _launch_few(
         groups = -(-programs // launch.group)
         workspace.reserve_sums((programs + groups) * geometry.pairs(operand.m), 1 + groups)
         partials, tickets = workspace.partials, workspace.tickets
-    launched.config_of_few[(programs,)](
-        operand.pointer,
-        operand.stride,
-        operand.n,
-        partials=partials,
-        tickets=tickets,
-        gramian=k,
-        weights=c,
-        out=out,
-        scratch=workspace.scratch,
-        ALIGNED=operand.aligned,
-        direction=direction_on(rule, operand.device),
-        **rule_arguments(rule, operand.m),
-        **few_arguments(launch, operand.m, operand.vector, operand.device),
+    direction = direction_on(rule, operand.device)
+    tracked, rtol, constants = rule_numbers(rule, operand.m)
+    has = (partials is not None, c is not None, out is not None, direction is not None)
+    kind = (operand.kind, launch, constants, has)
+    launch_kernel(
+        launched.config_of_few,
+        programs,
+        kind,
+        (
+            operand.pointer,
+            operand.stride,
+            operand.n,
+            *operand.addresses,
+            partials,
+            tickets,
+            k,
+            c,
+            out,
+            direction,
+            tracked,
+            rtol,
+            workspace.scratch,
+        ),
+        lambda: (
+            {
+                **operand.constants(),
+                **dict(constants),
+                **few_constants(launch, operand.m, operand.vector, operand.device),
+            },
+            compiler_options(operand.device, launch.warps, launch.programs),
+        ),
     )
 
 
-@lru_cache(maxsize=256)
-def few_arguments(launch: geometry.Few, m: int, vector: int, device: torch.device) -> dict[str, object]:
-    """The arguments that say how a Gramian of up to 8 rows is launched."""
+def few_constants(launch: geometry.Few, m: int, vector: int, device: torch.device) -> dict[str, object]:
+    """The constants that say how a Gramian of up to 8 rows is launched."""
     return {
         "PAIRS": geometry.pairs(m),
         "THREADS": launch.warps * device_of(device).lanes,
@@ -467,7 +507,6 @@ def few_arguments(launch: geometry.Few, m: int, vector: int, device: torch.devic
         "UNROLL": launch.unroll,
         "GROUP": launch.group,
         "FENCE": device_of(device).fence(launch.warps),
-        **compiler_options(device, launch.warps, launch.programs),
     }
 
 
@@ -486,39 +525,53 @@ def _launch_many(
     workspace.reserve_sums(
         strip_pairs * (programs + groups) * launch.partial_elements(), 1 + strip_pairs * (1 + groups)
     )
-    launched.config_of_many[(programs * strip_pairs,)](
-        operand.pointer,
-        operand.stride,
-        operand.n,
-        partials=workspace.partials,
-        tickets=workspace.tickets,
-        gramian=k,
-        weights=c,
-        scratch=workspace.scratch,
-        direction=direction_on(rule, operand.device),
-        **rule_arguments(rule, operand.m),
-        DTYPE=DTYPES[operand.dtype],
-        LEFT=launch.left,
-        RIGHT=launch.right,
-        WARPS=launch.warps,
-        DEPTH=launch.depth,
-        ALIGNED=operand.aligned,
-        GROUP=launch.group,
-        FENCE=device_of(operand.device).fence(launch.warps),
-        **compiler_options(workspace.device, launch.warps, launch.programs),
+    direction = direction_on(rule, operand.device)
+    tracked, rtol, constants = rule_numbers(rule, operand.m)
+    launch_kernel(
+        launched.config_of_many,
+        programs * strip_pairs,
+        (operand.kind, launch, constants, c is not None, direction is not None),
+        (
+            operand.pointer,
+            operand.stride,
+            operand.n,
+            workspace.partials,
+            workspace.tickets,
+            k,
+            c,
+            direction,
+            tracked,
+            rtol,
+            workspace.scratch,
+        ),
+        lambda: (
+            {
+                **dict(constants),
+                "ALIGNED": operand.aligned,
+                "DTYPE": DTYPES[operand.dtype],
+                "LEFT": launch.left,
+                "RIGHT": launch.right,
+                "WARPS": launch.warps,
+                "DEPTH": launch.depth,
+                "GROUP": launch.group,
+                "FENCE": device_of(operand.device).fence(launch.warps),
+            },
+            compiler_options(workspace.device, launch.warps, launch.programs),
+        ),
     )
 
 
 def _launch_solve(workspace: Workspace, gramian: Tensor, weights: Tensor, rule: ConFIGRule) -> None:
     m = len(gramian)
     workspace.reserve_square(m)
-    launched.config_of_gramian[(1,)](
-        gramian,
-        weights,
-        scratch=workspace.scratch,
-        direction=direction_on(rule, workspace.device),
-        **rule_arguments(rule, m),
-        **compiler_options(workspace.device, geometry.solve_warps(m), 1),
+    direction = direction_on(rule, workspace.device)
+    tracked, rtol, constants = rule_numbers(rule, m)
+    launch_kernel(
+        launched.config_of_gramian,
+        1,
+        (workspace.device, constants, direction is not None),
+        (gramian, weights, direction, tracked, rtol, workspace.scratch),
+        lambda: (dict(constants), compiler_options(workspace.device, geometry.solve_warps(m), 1)),
     )
 
 
@@ -533,16 +586,14 @@ def _launch_rule(
     preferences = numbers_on(rule, "preferences", m, device)
     if rule.kind == "priority":
         operand = numbers_on(rule, "places", m, device)
-    launched_rules.rule_of_gramian[(max(1, parts),)](
-        gramian,
-        weights,
-        preferences,
-        operand=operand,
-        scratch=workspace.rule_scratch,
-        tickets=workspace.tickets if parts else None,
-        FENCE=device_of(device).fence(warps),
-        **gramian_rule_arguments(rule, m),
-        **compiler_options(device, warps, 1),
+    numbers, constants = gramian_rule_numbers(rule, m)
+    tickets = workspace.tickets if parts else None
+    launch_kernel(
+        launched_rules.rule_of_gramian,
+        max(1, parts),
+        (device, constants, preferences is not None, operand is not None),
+        (gramian, weights, preferences, operand, *numbers, workspace.rule_scratch, tickets),
+        lambda: ({**dict(constants), "FENCE": device_of(device).fence(warps)}, compiler_options(device, warps, 1)),
     )
 
 
@@ -553,8 +604,8 @@ _ONLY_PREFERRED = ("inverse_norm", "cagrad", "nash", "fairgrad")
 
 
 @lru_cache(maxsize=256)
-def gramian_rule_arguments(rule: GramianRule, m: int) -> dict[str, object]:
-    """The arguments that say which method's rule is applied, with which numbers."""
+def gramian_rule_numbers(rule: GramianRule, m: int) -> tuple[tuple[float, ...], tuple[tuple[str, object], ...]]:
+    """(a method's four numbers, the constants that say which rule is applied)."""
     numbers = rule.parameters
     if rule.kind == "cagrad":
         c, rescale = numbers
@@ -565,12 +616,7 @@ def gramian_rule_arguments(rule: GramianRule, m: int) -> dict[str, object]:
         numbers = 1.0 / numbers[0], 0.0
     elif rule.kind == "priority":
         numbers = ()
-    first, second, third, fourth = (*numbers, *(0.0,) * 4)[:4]
-    return {
-        "first": first,
-        "second": second,
-        "third": third,
-        "fourth": fourth,
+    constants: dict[str, object] = {
         "M": m,
         "MP": geometry.power_of_two(m),
         "KIND": gramian_rules.KIND_NAMES.index(rule.kind),
@@ -578,6 +624,7 @@ def gramian_rule_arguments(rule: GramianRule, m: int) -> dict[str, object]:
         "SHARES": rule.kind in _BY_SHARES,
         "ONLY_PREFERRED": rule.kind in _ONLY_PREFERRED,
     }
+    return (*numbers, *(0.0,) * 4)[:4], tuple(constants.items())
 
 
 def numbers_on(rule: GramianRule, name: str, m: int, device: torch.device) -> Tensor | None:
@@ -599,17 +646,20 @@ def _launch_combination(operand: Operand, workspace: Workspace, weights: Tensor,
 
     def launch_combination(launch: geometry.Combination) -> None:
         tile = launch.warps * device.lanes * operand.vector
-        launched.combination[(geometry.programs(operand.n, tile, launch.programs * device.multiprocessors),)](
-            operand.pointer,
-            operand.stride,
-            operand.n,
-            weights,
-            out,
-            M=operand.m,
-            THREADS=launch.warps * device.lanes,
-            VECTOR=operand.vector,
-            ALIGNED=operand.aligned,
-            **compiler_options(workspace.device, launch.warps, launch.programs),
+        launch_kernel(
+            launched.combination,
+            geometry.programs(operand.n, tile, launch.programs * device.multiprocessors),
+            (operand.kind, launch),
+            (operand.pointer, operand.stride, operand.n, *operand.addresses, weights, out),
+            lambda: (
+                {
+                    **operand.constants(),
+                    "M": operand.m,
+                    "THREADS": launch.warps * device.lanes,
+                    "VECTOR": operand.vector,
+                },
+                compiler_options(workspace.device, launch.warps, launch.programs),
+            ),
         )
 
     launch_combination(tuned(geometry.combination(operand.m), operand, launch_combination))
@@ -620,40 +670,51 @@ def _launch_graddrop(operand: Operand, leak: Tensor | None, seed: Tensor, column
     split = column % WORDS != 0
     launch = geometry.graddrop(operand.m, operand.dtype.itemsize, split)
     tile = launch.warps * device.lanes * operand.vector
-    launched.graddrop[(geometry.programs(operand.n, tile, launch.programs * device.multiprocessors),)](
-        operand.pointer,
-        operand.stride,
-        operand.n,
-        leak,
-        seed,
-        column,
-        out,
-        M=operand.m,
-        THREADS=launch.warps * device.lanes,
-        VECTOR=operand.vector,
-        ALIGNED=operand.aligned,
-        SPLIT=split,
-        **compiler_options(operand.device, launch.warps, launch.programs),
+    launch_kernel(
+        launched.graddrop,
+        geometry.programs(operand.n, tile, launch.programs * device.multiprocessors),
+        (operand.kind, launch, split, leak is not None),
+        (
+            operand.pointer,
+            operand.stride,
+            operand.n,
+            *operand.addresses[: geometry.DROPPED_TOGETHER],
+            leak,
+            seed,
+            column,
+            out,
+        ),
+        lambda: (
+            {
+                **operand.constants(),
+                "SPLIT": split,
+                "M": operand.m,
+                "THREADS": launch.warps * device.lanes,
+                "VECTOR": operand.vector,
+            },
+            compiler_options(operand.device, launch.warps, launch.programs),
+        ),
     )
 
 
+RuleNumbers = tuple[int, float, tuple[tuple[str, object], ...]]
+
+
 @lru_cache(maxsize=256)
-def rule_arguments(rule: ConFIGRule | None, m: int) -> dict[str, object]:
-    """The arguments that say which rule the last program applies; without a rule, unused values."""
-    arguments: dict[str, object] = {"M": m, "MP": geometry.power_of_two(m), "DROP": False, "LENGTH": 0}
-    if rule is None:
-        return {**arguments, "tracked": 0, "rtol": 0.0}
-    if isinstance(rule.length, int):
-        length, tracked = len(LENGTH_NAMES), rule.length % m
-    else:
-        length, tracked = LENGTH_NAMES.index(str(rule.length)), 0
-    return {
-        **arguments,
-        "tracked": tracked,
-        "rtol": rule.rtol,
-        "LENGTH": length,
-        "DROP": rule.nonfinite == "drop",
-    }
+def rule_numbers(rule: ConFIGRule | None, m: int) -> RuleNumbers:
+    """(the loss whose norm is tracked, rtol, the constants of the rule that the last program applies).
+
+    Without a rule, of values that nothing uses.
+    """
+    length, tracked, rtol, drops = 0, 0, 0.0, False
+    if rule is not None:
+        rtol, drops = rule.rtol, rule.nonfinite == "drop"
+        if isinstance(rule.length, int):
+            length, tracked = len(LENGTH_NAMES), rule.length % m
+        else:
+            length = LENGTH_NAMES.index(str(rule.length))
+    constants = {"M": m, "MP": geometry.power_of_two(m), "LENGTH": length, "DROP": drops}
+    return tracked, rtol, tuple(constants.items())
 
 
 def direction_on(rule: ConFIGRule | None, device: torch.device) -> Tensor | None:

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastconfig.backends.triton import describe
 
-from .emulator import EmulationError, Outcome, Program
+from .emulator import EmulationError, Program
 from .syntax import Kernel
 
 WARP = 32
@@ -35,6 +35,8 @@ class Tally:
     """What was run since the emulator was installed."""
 
     launches: int = 0
+    searches: int = 0
+    """Launches by Triton's own way, which looks for what was compiled."""
     specialisations: int = 0
     steps: int = 0
     stale_reads: int = 0
@@ -56,6 +58,8 @@ class Emulator:
     capability: int
     edit: Callable[[str], str] = str
     """Applied to the PTX before it is run: how the tests of the emulator break a kernel."""
+    returns_kernels: bool = False
+    """Whether a launch returns what was compiled, as Triton's do, so that it can be launched without them."""
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -76,38 +80,22 @@ class Emulator:
         gc.collect()
         gc.freeze()  # or every launch would look for tensors among all that PyTorch is made of
 
-        def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            emulator.launch(self, args, grid, kwargs)
+        def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Kept | None:
+            return emulator.launch(self, args, grid, kwargs)
 
         JITFunction.run = run
 
-    def launch(self, function: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Outcome:
-        """Compile, where it is new, and run.
+    def launch(self, function: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Kept | None:
+        """Compile, where it is new, and run. Returns what to launch it with again, where ``returns_kernels``.
 
         Raises:
             EmulationError: it left its memory, met a barrier only in part, does not end, or races.
         """
         program, signature, bound = self.compiled(function, args, kwargs)
-        values = [bound[name] for name, kind in signature.items() if kind != "constexpr"]
-        kinds = [kind for kind in signature.values() if kind != "constexpr"]
-        flat = [value for value, kind in zip(flattened(values), flattened(kinds), strict=True) if kind != "constexpr"]
-        programs = (grid(bound) if callable(grid) else grid)[0]
-        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
-        arguments = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in flat]
-        outcome = program.run(
-            programs,
-            arguments,
-            memory_of(tensors).items(),
-            seed=self.random.getrandbits(60),
-            multiprocessors=PROCESSORS,
-            quantum=self.random.choice(QUANTA),
-        )
-        self.tally.launches += 1
-        self.tally.steps += outcome.steps
-        self.tally.stale_reads += outcome.stale_reads
-        if outcome.races:
-            raise EmulationError(f"{function.__name__} races: " + "; ".join(str(race) for race in outcome.races))
-        return outcome
+        self.tally.searches += 1
+        kept = Kept(self, function, program, signature)
+        kept.run((grid(bound) if callable(grid) else grid)[0], bound)
+        return kept if self.returns_kernels else None
 
     def compiled(
         self, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -130,6 +118,44 @@ class Emulator:
     def program_of(self, compiled: CompiledKernel) -> Program:
         """What Triton compiled, ready to run."""
         return Program(Kernel(self.edit(compiled.asm["ptx"])), compiled.metadata.shared)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A compiled kernel, launched as Triton's are: by its arguments in order, the constants among them ignored."""
+
+    emulator: Emulator
+    function: JITFunction
+    program: Program
+    signature: dict[str, Any]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any) -> None:
+            self.run(grid[0], dict(zip(self.function.arg_names, args, strict=True)))
+
+        return launch
+
+    def run(self, programs: int, bound: dict[str, Any]) -> None:
+        """Run it on arguments by name."""
+        kinds = {name: kind for name, kind in self.signature.items() if kind != "constexpr"}
+        values = flattened([bound[name] for name in kinds])
+        flat = [value for value, kind in zip(values, flattened([*kinds.values()]), strict=True) if kind != "constexpr"]
+        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+        emulator = self.emulator
+        outcome = self.program.run(
+            programs,
+            [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in flat],
+            memory_of(tensors).items(),
+            seed=emulator.random.getrandbits(60),
+            multiprocessors=PROCESSORS,
+            quantum=emulator.random.choice(QUANTA),
+        )
+        emulator.tally.launches += 1
+        emulator.tally.steps += outcome.steps
+        emulator.tally.stale_reads += outcome.stale_reads
+        if outcome.races:
+            races = "; ".join(str(race) for race in outcome.races)
+            raise EmulationError(f"{self.function.__name__} races: {races}")
 
 
 def flattened(values: Any) -> Iterator[Any]:

@@ -7,19 +7,26 @@ kept. Nothing waits for the device, except where ``nonfinite="raise"`` asks to; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastconfig.backends import triton as gpu
+from fastconfig.backends.launching import Kernel, arguments_of, launch
 from fastconfig.backends.momentum import reference
 from fastconfig.backends.rules import ConFIGRule
 from fastconfig.moments import Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 
 if not gpu.IMPORT_ERROR:
     from fastconfig.kernels import geometry, launched_momentum, launched_tables
+
+    _ARGUMENTS = {
+        name: arguments_of(getattr(launched_momentum, name))
+        for name in ("moments_of_few", "moments_of_many", "momentum_update")
+    }
 
 _GRADIENTS_A_LAUNCH = 8
 
@@ -80,9 +87,8 @@ class Segment:
                 "scales": scales,
                 "beta1": beta1,
                 **_NO_DECISION,
-                **gpu.rule_arguments(None, self._m),
             }
-            self._launch_look(workspace, self._gradients(recorded, workspace), look)
+            self._launch_look(workspace, self._gradients(recorded, workspace), gpu.rule_numbers(None, self._m), look)
         if recorded.losses == tuple(range(self._m)):
             return gramian
         return torch.stack([gramian[i] for i in recorded.losses])  # indexed by a list, it would wait
@@ -142,12 +148,12 @@ class Segment:
                 "weights": workspace.weights,
                 "direction": gpu.direction_on(method, self.device),
                 "scratch": workspace.scratch,
-                **gpu.rule_arguments(method, self._m),
             }
+            decides = gpu.rule_numbers(method, self._m)
             if self._is_small:
-                self._launch_look(workspace, gradients, look | self._where_to_write(rule, workspace))
+                self._launch_look(workspace, gradients, decides, look | self._where_to_write(rule, workspace))
             else:
-                self._launch_look(workspace, gradients, look)
+                self._launch_look(workspace, gradients, decides, look)
                 self._launch_update(workspace, gradients, rule, workspace.decision, None)
 
     def _runs(self, recorded: Recorded) -> bool:
@@ -179,17 +185,8 @@ class Segment:
                 some = slice(first, first + _GRADIENTS_A_LAUNCH)
                 count = len(losses[some])
                 padding = (0,) * (_GRADIENTS_A_LAUNCH - count)
-                launched_tables.table_of_gradients[(1,)](
-                    table,
-                    self._m,
-                    first,
-                    count,
-                    *losses[some],
-                    *padding,
-                    *addresses[some],
-                    *padding,
-                    **gpu.compiler_options(self.device, 1, 1),
-                )
+                arguments = (table, self._m, first, count, *losses[some], *padding, *addresses[some], *padding)
+                launch(launched_tables.table_of_gradients, 1, self.device, arguments, self._plain)
 
         return workspace.table((self._m, losses, addresses), 2 * self._m, write)
 
@@ -199,7 +196,7 @@ class Segment:
 
         def write(table: Tensor) -> None:
             for index, entry in enumerate(entries):
-                launched_tables.table_of_group[(1,)](table, index, *entry, **gpu.compiler_options(self.device, 1, 1))
+                launch(launched_tables.table_of_group, 1, self.device, (table, index, *entry), self._plain)
 
         return workspace.table(entries, geometry.GROUP_WORDS * len(entries), write)
 
@@ -225,71 +222,115 @@ class Segment:
             "groups": self._groups_of(rule, workspace),
         }
 
-    def _launch_look(self, workspace: gpu.Workspace, gradients: Gradients, look: dict[str, object]) -> None:
+    def _launch_look(
+        self, workspace: gpu.Workspace, gradients: Gradients, rule: gpu.RuleNumbers, look: dict[str, object]
+    ) -> None:
         """The Gramian of the new averages, and what else ``look`` has the arguments of."""
+        look["tracked"], look["rtol"], _ = rule
         if self._m <= geometry.FEW:
-            self._launch_few(workspace, gradients, look)
+            self._launch_few(workspace, gradients, rule, look)
         else:
-            self._launch_many(workspace, gradients, look)
+            self._launch_many(workspace, gradients, rule, look)
 
-    def _launch_few(self, workspace: gpu.Workspace, gradients: Gradients, look: dict[str, object]) -> None:
+    def _launch_few(
+        self, workspace: gpu.Workspace, gradients: Gradients, rule: gpu.RuleNumbers, look: dict[str, object]
+    ) -> None:
         device = gpu.device_of(self.device)
-        launch, programs = geometry.one(self._m), 1
+        config, programs = geometry.one(self._m), 1
         if not self._is_small:
-            launch = geometry.look(self._m)
-            tile = launch.warps * device.lanes * self._vector * launch.unroll
-            programs = geometry.programs(self._n, tile, launch.programs * device.multiprocessors, launch.group)
+            config = geometry.look(self._m)
+            tile = config.warps * device.lanes * self._vector * config.unroll
+            programs = geometry.programs(self._n, tile, config.programs * device.multiprocessors, config.group)
         partials = tickets = None
         if programs > 1:
-            groups = -(-programs // launch.group)
+            groups = -(-programs // config.group)
             workspace.reserve_sums((programs + groups) * geometry.pairs(self._m), 1 + groups)
             partials, tickets = workspace.partials, workspace.tickets
-        launched_momentum.moments_of_few[(programs,)](
-            self.moments.first,
-            self._stride,
-            self._n,
-            count=gradients.count,
-            partials=partials,
-            tickets=tickets,
-            GRADIENT=gpu.DTYPES[gradients.dtype],
-            PARAMETER=gpu.DTYPES[self._parameter_dtype],
-            ALIGNED=gradients.aligned,
-            **gradients.of_few(),
-            **_NOWHERE | look,
-            **gpu.few_arguments(launch, self._m, self._vector, self.device),
+        _, _, constants = rule
+        self._launch(
+            "moments_of_few",
+            programs,
+            (gradients.dtype, gradients.aligned, config, constants),
+            {
+                **_NOWHERE,
+                **look,
+                **gradients.of_few(),
+                "count": gradients.count,
+                "partials": partials,
+                "tickets": tickets,
+            },
+            lambda: (
+                {
+                    "GRADIENT": gpu.DTYPES[gradients.dtype],
+                    "PARAMETER": gpu.DTYPES[self._parameter_dtype],
+                    "ALIGNED": gradients.aligned,
+                    **dict(constants),
+                    **gpu.few_constants(config, self._m, self._vector, self.device),
+                },
+                gpu.compiler_options(self.device, config.warps, config.programs),
+            ),
         )
 
-    def _launch_many(self, workspace: gpu.Workspace, gradients: Gradients, look: dict[str, object]) -> None:
+    def _launch_many(
+        self, workspace: gpu.Workspace, gradients: Gradients, rule: gpu.RuleNumbers, look: dict[str, object]
+    ) -> None:
         device = gpu.device_of(self.device)
-        launch = geometry.look_many(self._m, self.moments.first.itemsize, device.lanes)
-        strip_pairs = launch.strip_pairs(self._m)
-        most = max(1, launch.programs * device.multiprocessors // strip_pairs)
-        programs = geometry.programs(self._n, launch.warps * launch.depth, most, launch.group)
-        groups = -(-programs // launch.group)
+        config = geometry.look_many(self._m, self.moments.first.itemsize, device.lanes)
+        strip_pairs = config.strip_pairs(self._m)
+        most = max(1, config.programs * device.multiprocessors // strip_pairs)
+        programs = geometry.programs(self._n, config.warps * config.depth, most, config.group)
+        groups = -(-programs // config.group)
         workspace.reserve_sums(
-            strip_pairs * (programs + groups) * launch.partial_elements(), 1 + strip_pairs * (1 + groups)
+            strip_pairs * (programs + groups) * config.partial_elements(), 1 + strip_pairs * (1 + groups)
         )
-        launched_momentum.moments_of_many[(programs * strip_pairs,)](
-            self.moments.first,
-            self._stride,
-            self._n,
-            gradients.table,
-            gradients.bits,
-            count=gradients.count,
-            partials=workspace.partials,
-            tickets=workspace.tickets,
-            DTYPE=gpu.DTYPES[self.moments.first.dtype],
-            GRADIENT=gpu.DTYPES[gradients.dtype],
-            LEFT=launch.left,
-            RIGHT=launch.right,
-            WARPS=launch.warps,
-            DEPTH=launch.depth,
-            ALIGNED=gradients.aligned,
-            GROUP=launch.group,
-            FENCE=device.fence(launch.warps),
-            **look,
-            **gpu.compiler_options(self.device, launch.warps, launch.programs),
+        _, _, constants = rule
+        self._launch(
+            "moments_of_many",
+            programs * strip_pairs,
+            (gradients.dtype, gradients.aligned, config, constants),
+            {
+                **look,
+                "table": gradients.table,
+                "recorded": gradients.bits,
+                "count": gradients.count,
+                "partials": workspace.partials,
+                "tickets": workspace.tickets,
+            },
+            lambda: (
+                {
+                    "DTYPE": gpu.DTYPES[self.moments.first.dtype],
+                    "GRADIENT": gpu.DTYPES[gradients.dtype],
+                    **dict(constants),
+                    "LEFT": config.left,
+                    "RIGHT": config.right,
+                    "WARPS": config.warps,
+                    "DEPTH": config.depth,
+                    "ALIGNED": gradients.aligned,
+                    "GROUP": config.group,
+                    "FENCE": device.fence(config.warps),
+                },
+                gpu.compiler_options(self.device, config.warps, config.programs),
+            ),
         )
+
+    def _launch(
+        self,
+        name: str,
+        programs: int,
+        kind: tuple[object, ...],
+        named: dict[str, object],
+        prepare: Callable[[], tuple[dict[str, object], dict[str, object]]],
+    ) -> None:
+        """Launch a kernel of averages, whose arguments are given by name."""
+        named["averages"], named["stride"], named["n"] = self.moments.first, self._stride, self._n
+        arguments = tuple([named[argument] for argument in _ARGUMENTS[name]])
+        absent = tuple([argument is None for argument in arguments])
+        whole = (kind, absent, self._m, self.moments.first.dtype, self._parameter_dtype, self.device)
+        launch(cast("Kernel", getattr(launched_momentum, name)), programs, whole, arguments, prepare)
+
+    def _plain(self) -> tuple[dict[str, object], dict[str, object]]:
+        """The constants and options of a kernel that has none and is one warp."""
+        return {}, gpu.compiler_options(self.device, 1, 1)
 
     def _launch_update(
         self,
@@ -301,9 +342,9 @@ class Segment:
     ) -> None:
         """Write, or with ``measured`` find |update|²."""
         device = gpu.device_of(self.device)
-        launch = geometry.write(self._m)
-        threads = launch.warps * device.lanes
-        most = launch.programs * device.multiprocessors
+        config = geometry.write(self._m)
+        threads = config.warps * device.lanes
+        most = config.programs * device.multiprocessors
         group = geometry.look(1).group
         partials = tickets = None
         programs = geometry.programs(self._n, threads * self._vector, most)
@@ -312,28 +353,34 @@ class Segment:
             groups = -(-programs // group)
             workspace.reserve_sums(programs + groups, 1 + groups)
             partials, tickets = workspace.partials, workspace.tickets
-        launched_momentum.momentum_update[(programs,)](
-            self.moments.first,
-            self._stride,
-            self._n,
-            table=gradients.table,
-            numbers=numbers,
-            beta1=rule.beta1,
-            beta2=rule.beta2,
-            partials=partials,
-            tickets=tickets,
-            measured=measured,
-            GRADIENT=gpu.DTYPES[gradients.dtype],
-            PARAMETER=gpu.DTYPES[self._parameter_dtype],
-            M=self._m,
-            THREADS=threads,
-            VECTOR=self._vector,
-            ALIGNED=gradients.aligned,
-            GROUP=group,
-            FENCE=device.fence(launch.warps),
-            **gradients.of_few(),
-            **self._where_to_write(rule, workspace),
-            **gpu.compiler_options(self.device, launch.warps, launch.programs),
+        self._launch(
+            "momentum_update",
+            programs,
+            (gradients.dtype, gradients.aligned, config, group),
+            {
+                **gradients.of_few(),
+                **self._where_to_write(rule, workspace),
+                "table": gradients.table,
+                "numbers": numbers,
+                "beta1": rule.beta1,
+                "beta2": rule.beta2,
+                "partials": partials,
+                "tickets": tickets,
+                "measured": measured,
+            },
+            lambda: (
+                {
+                    "GRADIENT": gpu.DTYPES[gradients.dtype],
+                    "PARAMETER": gpu.DTYPES[self._parameter_dtype],
+                    "M": self._m,
+                    "THREADS": threads,
+                    "VECTOR": self._vector,
+                    "ALIGNED": gradients.aligned,
+                    "GROUP": group,
+                    "FENCE": device.fence(config.warps),
+                },
+                gpu.compiler_options(self.device, config.warps, config.programs),
+            ),
         )
 
 
