@@ -1,9 +1,10 @@
 """Tests and measures fastconfig on the GPU of this machine, in one go and unattended, and says which targets are met.
 
-``make gpu``, or ``python3 bench/gpu.py``: builds the package in place, compiles the kernels, runs the tests that need a
-device, and measures. Needs PyTorch with Triton, pybind11, a C++ compiler and pytest, and no network. A part that fails
-is noted and the next one begins; a part that hangs or breaks the device ends its process, not the run; what no time is
-left for is skipped and named. Everything goes to one JSON file, the table is printed last.
+``make gpu``, or ``python3 bench/gpu.py``: builds the package in place, compiles the kernels, measures, runs the tests
+that need a device, and measures what there was no time for before. Needs PyTorch with Triton, pybind11, a C++ compiler
+and pytest, and no network. A part that fails is noted and the next one begins; a part that hangs or breaks the device
+ends its process, not the run; what no time is left for is skipped and named. Everything goes to one JSON file, the
+table is printed last.
 
 How times are taken: by events of the device around batches of calls, as medians; inputs rotate through buffers that
 together exceed the second-level cache; compilation is over before. "floor" is the time in which the measured copy
@@ -35,11 +36,13 @@ from gpubench.machine import describe_machine
 from gpubench.overhead import first_call
 from gpubench.processes import end, finish, own_command
 from gpubench.results import Report, short
-from gpubench.sections import SECTIONS, measure
+from gpubench.sections import NO_TIME_LEFT, SECTIONS, measure
 from gpubench.summary import summary
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+TESTS_SHARE = 0.3
+"""The part of the time that is kept for the tests."""
 SILENCE = 100.0
 """Seconds without a new result after which a measuring process counts as hung."""
 
@@ -57,6 +60,12 @@ class Orchestra:
     @property
     def deadline(self) -> float:
         return self.begin + 60 * self.arguments.minutes - 10
+
+    @property
+    def measuring_ends(self) -> float:
+        """Until when is measured: the tests come after, as they may take whatever time there is."""
+        tests_are_due = not self.arguments.no_tests and "tests" not in self.report.content
+        return self.deadline - (TESTS_SHARE * 60 * self.arguments.minutes if tests_are_due else 0.0)
 
     def left(self) -> float:
         return self.deadline - time.time()
@@ -137,7 +146,7 @@ class Orchestra:
         log = self.log_path("tests")
         # PyTorch wants it where a test asks for deterministic algorithms, as the reference multiplies matrices.
         process = self.start(command, log, CUBLAS_WORKSPACE_CONFIG=":4096:8")
-        status = finish(process, min(200.0, 0.5 * self.left()))
+        status = finish(process, self.left() - 5)
         text = log.read_text(errors="replace")
         found: dict = {"status": "out of time" if status is None else status, "counts": counts_of(text)}
         found["what"] = " ".join(f"{number} {word}" for word, number in found["counts"].items()) or "no counts"
@@ -148,9 +157,13 @@ class Orchestra:
 
     def measure(self) -> dict:
         """Sections in one process, and in another those that are left when it hangs or loses its device."""
-        names = [name for name in SECTIONS if not self.arguments.only or name in self.arguments.only]
+        wanted = [name for name in SECTIONS if not self.arguments.only or name in self.arguments.only]
+        sections = self.report.content["sections"]
+        for name in [name for name, section in sections.items() if section["state"] == NO_TIME_LEFT]:
+            del sections[name]
+        names = [name for name in wanted if name not in sections]
         processes = 0
-        while names and self.left() > 5 and processes < 8:
+        while names and self.measuring_ends - time.time() > 5 and processes < 8:
             processes += 1
             self.report.save()
             status = self.watch(self.start(self.measuring(names)))
@@ -167,7 +180,7 @@ class Orchestra:
 
     def measuring(self, names: Sequence[str]) -> list[str]:
         options = ["--out", str(self.report.path), "--shrink", str(self.arguments.shrink)]
-        options += ["--deadline", str(self.deadline), "--measure", *names]
+        options += ["--deadline", str(self.measuring_ends), "--measure", *names]
         return own_command(self.arguments.device, *options)
 
     def watch(self, process: subprocess.Popen) -> int | None:
@@ -176,7 +189,7 @@ class Orchestra:
         while process.poll() is None:
             time.sleep(0.2)
             heard = max(begin, self.report.path.stat().st_mtime)
-            if time.time() - heard > SILENCE or time.time() > self.deadline + 8:
+            if time.time() - heard > SILENCE or time.time() > self.measuring_ends + 8:
                 end(process, (signal.SIGKILL,))
                 return None
         return process.returncode
@@ -249,9 +262,10 @@ def run_all(arguments: argparse.Namespace) -> int:
         orchestra.stage("install", orchestra.install)
     if arguments.device == "cuda":
         orchestra.stage("compile ahead", orchestra.compile_ahead)
+    orchestra.stage("measure", orchestra.measure)
     if not arguments.no_tests:
         orchestra.stage("tests", orchestra.test)
-    orchestra.stage("measure", orchestra.measure)
+        orchestra.stage("measure the rest", orchestra.measure)
     print("\n".join(summary(report)), flush=True)
     print(f"written: {report.path}")
     return 0 if report.content.get("tests", {}).get("status", 0) == 0 else 1

@@ -209,9 +209,15 @@ def solve_warps(m: int, parts: int = 0) -> int:
     return max(1 if m <= 8 else 4 if m <= 32 else 8, 2 if parts else 1)
 
 
-def programs(n: int, tile: int, most: int, group: int | None = None) -> int:
-    """How many programs: a tile each at least, no more than run at once, nor than two levels of groups add up."""
+def programs(n: int, tile: int, most: int, group: int | None = None, wave: int = 1) -> int:
+    """How many programs: a tile each at least, no more than run at once, nor than two levels of groups add up.
+
+    Where the groups are the limit, as on 304 multiprocessors, it is a multiple of ``wave``, the multiprocessors: else
+    some would have a program more than the others, and all wait for these.
+    """
     limit = most if group is None else min(most, group * group)
+    if wave < limit < most:
+        limit -= limit % wave
     return max(1, min(-(-n // tile), limit))
 
 

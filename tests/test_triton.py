@@ -458,6 +458,8 @@ def test_launches_fit_the_reduction_and_the_registers(m: int) -> None:
     for many in geometry.many(max(m, 9), 4, 32):
         assert many.warps * many.programs * 32 * geometry.registers(many.warps, many.programs) <= 65536
         assert geometry.programs(10**10, 512, 10**6, many.group) == many.group**2
+    assert geometry.programs(10**10, 512, 8 * 304, 32, wave=304) == 3 * 304
+    assert geometry.programs(10**10, 512, 2 * 132, 32, wave=132) == 2 * 132
     assert geometry.programs(0, 512, 100, 32) == 1
     assert geometry.programs(513, 512, 100, 32) == 2
 

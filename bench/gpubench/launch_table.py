@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from fastconfig.backends import triton as backend
 from gpubench.inputs import combinations, gradients
 from gpubench.results import Run
 from gpubench.shapes import ONE_LAUNCH, TUNED, Shape
@@ -76,7 +77,7 @@ def candidates_of(shape: Shape) -> dict[str, list]:
         more = [geometry.Few(warps, unroll, programs) for warps, unroll, programs in few_neighbours(shape.m)]
         found: dict[str, list] = {"few": few + [launch for launch in more if launch not in few]}
     else:
-        lanes = torch.cuda.get_device_properties(0).warp_size if torch.cuda.is_available() else 32
+        lanes = backend.device_of(torch.device("cuda")).lanes if torch.cuda.is_available() else 32
         many = list(geometry.many(shape.m, shape.dtype.itemsize, lanes))
         first = many[0]
         more = [

@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "compiled": speed.measure_compiled,
     "plain replays": speed.measure_plain_replays,
 }
+NO_TIME_LEFT = "skipped: no time left"
 SHARE = {"combination": 0.45, "launches": 0.3, "one launch": 0.3, "libraries": 0.3, "launch table": 0.6}
 """Of the time left when they begin, at most how much these sections may take; the others are short."""
 
@@ -44,7 +45,7 @@ def measure(names: Sequence[str], device: torch.device, deadline: float, report:
         run = Run(device, time.time() + SHARE.get(name, 1.0) * left, report, shrink, name)
         section = report.section(name)
         if left < 3.0:
-            section["state"] = "skipped: no time left"
+            section["state"] = NO_TIME_LEFT
             report.save()
             continue
         print(f"{name} ({left:.0f} s left)", flush=True)

@@ -435,7 +435,9 @@ def _launch_gramian(
 
     def launch_few(launch: geometry.Few) -> None:
         tile = launch.warps * device.lanes * operand.vector * launch.unroll
-        programs = geometry.programs(operand.n, tile, launch.programs * device.multiprocessors, launch.group)
+        programs = geometry.programs(
+            operand.n, tile, launch.programs * device.multiprocessors, launch.group, device.multiprocessors
+        )
         _launch_few(operand, launch, programs, workspace, k, c, rule, None)
 
     def launch_many(launch: geometry.Many) -> None:

@@ -240,7 +240,9 @@ class Segment:
         if not self._is_small:
             config = geometry.look(self._m)
             tile = config.warps * device.lanes * self._vector * config.unroll
-            programs = geometry.programs(self._n, tile, config.programs * device.multiprocessors, config.group)
+            programs = geometry.programs(
+                self._n, tile, config.programs * device.multiprocessors, config.group, device.multiprocessors
+            )
         partials = tickets = None
         if programs > 1:
             groups = -(-programs // config.group)
@@ -349,7 +351,7 @@ class Segment:
         partials = tickets = None
         programs = geometry.programs(self._n, threads * self._vector, most)
         if measured is not None:
-            programs = geometry.programs(self._n, threads * self._vector, most, group)
+            programs = geometry.programs(self._n, threads * self._vector, most, group, device.multiprocessors)
             groups = -(-programs // group)
             workspace.reserve_sums(programs + groups, 1 + groups)
             partials, tickets = workspace.partials, workspace.tickets

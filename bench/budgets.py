@@ -1,0 +1,208 @@
+"""What the compiled kernels cost, counted on the emulator of tests/ptx: needs no GPU, and gives the same every time.
+
+``PYTHONPATH=.venv/triton-3.9.0 .venv/bin/python bench/budgets.py`` writes ``bench/results/budgets.json``: for each m×m
+solve its warp instructions, barriers and, by a model, microseconds; for the Gramian and the combination the float64
+operations a column. ``tests/ptx/test_budgets.py`` compares.
+
+The model (``tests/ptx/machine/clock.hpp``) issues in order an instruction a cycle and scheduler, with latencies as
+published for the H100 (Luo et al. 2024, arXiv 2402.13499, and NVIDIA's throughput tables) at 1.75 GHz. What a program
+wrote itself and reads again it finds in the first-level cache; the second number is that of a device where it never
+does. It is an estimate for comparing kernels: it has not been held against a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Before the kernels are imported: they are to be compiled, and Triton 3.9 warns where nobody says how it may fuse.
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+import numpy as np
+import torch
+import triton
+from ptx.emulator import Latencies
+from ptx.launching import Emulator, Kept, flattened, memory_of
+from rich.console import Console
+from rich.table import Table
+
+import fastconfig as fc
+from fastconfig.backends import triton as backend
+from fastconfig.backends.rules import GramianRule
+from fastconfig.validation import check_rows
+
+RESULTS = Path(__file__).resolve().parent / "results" / "budgets.json"
+CLOCK = 1.75e3
+"""Cycles a microsecond of an H100."""
+H100 = {
+    "integer": 5.0,
+    "float64": 16.0,
+    "division": 160.0,
+    "special": 24.0,
+    "matrix": 36.0,
+    "shuffle": 24.0,
+    "shared": 30.0,
+    "first_level": 34.0,
+    "second_level": 262.0,
+    "atomic": 262.0,
+    "barrier": 24.0,
+    "branch": 12.0,
+    "float64_interval": 2.0,
+    "division_interval": 24.0,
+    "special_interval": 4.0,
+    "matrix_interval": 8.0,
+    "float64_units": 4,
+}
+NUMBERS: dict[str, tuple[float, ...]] = {
+    "pcgrad": (),
+    "mgda": (),
+    "cagrad": (0.5, 1.0),
+    "imtlg": (),
+    "nash": (0.5,),
+    "fairgrad": (2.0,),
+    "aligned": (1.0,),
+    "dualproj": (),
+    "upgrad": (),
+    "gradvac": (0.3,),
+    "sdmgrad": (0.3, 0.1, 0.5, 10.0),
+}
+SOLVES = ("config", "config, singular", *NUMBERS)
+LOSSES = (3, 40)
+PRODUCTS = {"m8n8k4": 256, "m16n8k4": 512, "m16n8k8": 1024, "m16n8k16": 2048}
+"""Multiply-adds of a warp's matrix product."""
+
+
+class Counter(Emulator):
+    """Counts what a launch costs: a lone program by the clock, several without it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.found: list[dict[str, float]] = []
+
+    def launch(self, function, args, grid, kwargs) -> Kept | None:
+        program, signature, bound = self.compiled(function, args, kwargs)
+        kinds = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        values = list(flattened([bound[name] for name in kinds]))
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        numbers = [
+            value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values if value is not None
+        ]
+        before = [tensor.clone() for tensor in tensors]
+        cycles = []
+        for latency in (H100["first_level"], H100["second_level"]):
+            for tensor, copy in zip(tensors, before, strict=True):
+                tensor.copy_(copy)
+            clock = Latencies(**{**H100, "first_level": latency})
+            # UPGrad's programs each solve a part, side by side: one of them, and its ticket.
+            how = {"clock": clock} if grid[0] == 1 or function.__name__ == "rule_of_gramian" else {}
+            programs = 1 if how else grid[0]
+            outcome = program.run(programs, numbers, memory_of(tensors).items(), detects_races=False, **how)
+            cycles.append(outcome.cycles)
+        float64 = sum(
+            count * (PRODUCTS[shape_of(text)] if "mma.sync" in text else 32)
+            for text, count in zip(program.texts, outcome.executed, strict=True)
+            if "mma.sync" in text or any(f"{name}.f64" in text for name in ("fma.rn", "mul.rn", "add.rn", "sub.rn"))
+        )
+        self.found.append(
+            {
+                "instructions": outcome.issued,
+                "barriers": outcome.barriers,
+                "us": round(cycles[0] / CLOCK, 1),
+                "us_past_l1": round(cycles[1] / CLOCK, 1),
+                "float64": float64,
+            }
+        )
+        return None
+
+
+def shape_of(text: str) -> str:
+    return next(part for part in text.split(".") if part.startswith("m") and part in PRODUCTS)
+
+
+def counter(capability: int = 90) -> Counter:
+    """Where all launches of this process go from now on."""
+    backend.INTERPRETED = True
+    made = Counter(capability)
+    made.install()
+    backend.device_of = lambda device: made.device
+    return made
+
+
+def gramian(m: int, singular: bool = False) -> torch.Tensor:
+    rows = np.random.default_rng(0).standard_normal((m, 2 * m + 3))
+    if singular:
+        rows[m // 2 :] = rows[: m - m // 2]
+    return torch.from_numpy(rows @ rows.T)
+
+
+def operand_of(kind: str, m: int) -> torch.Tensor | None:
+    random = np.random.default_rng(0)
+    keys = random.random((m, m))
+    made = {
+        "pcgrad": keys,
+        "gradvac": np.stack([random.uniform(-0.9, 0.9, (m, m)), keys]),
+        "sdmgrad": random.dirichlet(np.ones(m)),
+    }
+    return torch.from_numpy(made[kind]) if kind in made else None
+
+
+def cost_of_solve(counts: Counter, name: str, m: int) -> dict[str, float]:
+    """Of one method's weights of a Gramian of m losses."""
+    counts.found.clear()
+    if name in NUMBERS:
+        rule = GramianRule(name, NUMBERS[name], None, "propagate")
+        backend.rule_weights(gramian(m), rule, operand_of(name, m))
+    else:
+        backend.config_weights(gramian(m, name != "config"), fc.ConFIG().rule)
+    (found,) = counts.found
+    return {key: value for key, value in found.items() if key != "float64"}
+
+
+STREAMS: dict[str, Callable[[torch.Tensor], object]] = {
+    "gramian": lambda rows: backend.gramian(check_rows(rows)),
+    "combination": lambda rows: backend.apply(
+        check_rows(rows), torch.ones(len(rows), dtype=torch.float64), torch.empty(rows.shape[1])
+    ),
+}
+
+
+def float64_a_column(counts: Counter, name: str, m: int) -> float:
+    """Multiply-adds and other float64 operations that one more column of float32 costs."""
+    totals = []
+    for n in (1 << 16, 1 << 17):
+        counts.found.clear()
+        STREAMS[name](torch.zeros(m, n))
+        (found,) = counts.found
+        totals.append(found["float64"])
+    return round((totals[1] - totals[0]) / (1 << 16), 2)
+
+
+def main() -> None:
+    counts = counter()
+    solves = {name: {str(m): cost_of_solve(counts, name, m) for m in LOSSES} for name in SOLVES}
+    columns = {name: {str(m): float64_a_column(counts, name, m) for m in LOSSES} for name in STREAMS}
+    content = {"triton": triton.__version__, "architecture": "sm_90", "solves": solves, "float64 a column": columns}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    table = Table(title=f"m×m solves as Triton {triton.__version__} compiles them for sm_90")
+    for heading in ("method", "losses", "warp instructions", "barriers", "µs by the model", "µs without L1"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, costs in solves.items():
+        for m, cost in costs.items():
+            table.add_row(
+                name, m, f"{cost['instructions']:,}", str(cost["barriers"]), str(cost["us"]), str(cost["us_past_l1"])
+            )
+    console = Console(width=110)
+    console.print(table)
+    for name, costs in columns.items():
+        console.print(
+            f"{name}: " + ", ".join(f"{cost:g} float64 operations a column of {m}" for m, cost in costs.items())
+        )
+
+
+if __name__ == "__main__":
+    main()
