@@ -5,7 +5,7 @@ PYTHON ?= python3
 # TORCH=installed: use the PyTorch that $(PYTHON) has instead of downloading one.
 TORCH ?=
 BIN := .venv/bin
-CPP := csrc/*.cpp csrc/*.hpp tests/ptx/machine/*.cpp tests/ptx/machine/*.hpp
+CPP := csrc/*.cpp csrc/*.hpp tests/ptx/machine/*.cpp tests/ptx/machine/*.hpp tests/ptx/*.c
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt .ci/set-up
 
 # What the demo needs; and what work on the library does, which holds all of that.

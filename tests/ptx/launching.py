@@ -23,6 +23,8 @@ from fastconfig.backends.triton import describe
 from .emulator import EmulationError, Program
 from .syntax import Kernel
 
+ORIGINAL_RUN = JITFunction.run
+"""Triton's own launch."""
 WARP = 32
 PROCESSORS = 2
 """Multiprocessors, each with a first-level cache of its own: enough for one to miss what the other writes."""
