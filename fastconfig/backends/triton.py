@@ -56,9 +56,8 @@ AUTOTUNE = os.environ.get("FASTCONFIG_AUTOTUNE") == "1"
 """Try the launches of ``kernels/geometry.py`` at the first call of a kind instead of taking the table's."""
 
 _ADDRESSES_A_LAUNCH = 16
-_FEW = 8
-"""Addresses that a kernel of separate vectors takes as arguments."""
-_NO_ADDRESSES = (0,) * _FEW
+_NO_ADDRESSES = (0,) * 8
+"""What a kernel that takes up to 8 separate vectors is given for none."""
 _TABLES_KEPT = 256
 
 
@@ -118,7 +117,7 @@ def on_its_device(
 
 @on_its_device
 def gramian(rows: Rows) -> Tensor:
-    """As reference.gramian, in one launch; one more writes the addresses of more than 8 separate vectors."""
+    """As reference.gramian, in one launch; a few more where the addresses of over 8 separate vectors are new."""
     if not _has_kernel(rows):
         return reference.gramian(rows)
     result = torch.empty(rows.m, rows.m, dtype=torch.float64, device=rows.device)
@@ -130,7 +129,7 @@ def gramian(rows: Rows) -> Tensor:
 
 @on_its_device
 def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
-    """As reference.apply, in one launch; as in gramian with many separate vectors. Each output is written once."""
+    """As reference.apply, in one launch; as in gramian with over 8 separate vectors. Each output is written once."""
     weights = weights.to(torch.float64).contiguous()
     workspace = workspace_for(rows.device)
     with workspace.lock:
@@ -139,7 +138,7 @@ def apply(rows: Rows, weights: Tensor, out: Tensor) -> None:
 
 @on_its_device
 def graddrop(rows: Rows, leak: Tensor | None, seed: Tensor, column: int, out: Tensor) -> None:
-    """As reference.graddrop, in one launch; one more with over 4 separate vectors. Each output is written once.
+    """As reference.graddrop, in one launch; as in gramian with over 4 separate vectors. Each output is written once.
 
     The kernel reads the seed from the device: a captured graph draws by what it holds when it is replayed.
     """
