@@ -406,7 +406,8 @@ def _operand(rows: Rows, workspace: Workspace, out: Tensor | None, few: int | No
     m, n, dtype, device, matrix, vectors = rows
     itemsize = dtype.itemsize
     starts = 0 if out is None else out.data_ptr()  # of several numbers, a bit is set where it is set in any of them
-    addresses, separate = _NO_ADDRESSES, False
+    addresses: tuple[int, ...] = _NO_ADDRESSES
+    separate = False
     if matrix is not None:
         pointer, stride = matrix, matrix.stride(0) if m > 1 else 0
         starts |= matrix.data_ptr() | stride * itemsize
