@@ -572,7 +572,7 @@ def reads_rows(instruction: Instruction, readers: Sequence[Lines]) -> bool:
 
 def is_wide(instruction: Instruction) -> bool:
     """Whether a load takes 16 bytes a thread, or more."""
-    return re.search(r"\.v4\.\w32\b|\.v2\.\w64\b|dwordx4", instruction.opcode) is not None
+    return re.search(r"\.v4\.\w32\b|\.v2\.\w64\b|dwordx4|_b128", instruction.opcode) is not None
 
 
 def instructions_of(assembly: str) -> Iterator[Instruction]:
@@ -666,10 +666,10 @@ def amd_report(compiled: Any, readers: Sequence[Lines]) -> dict[str, int]:
         ),
         **tickets_report(
             instructions,
-            r"(global|flat|buffer)_atomic_add\b.*\bsc0",  # with a result; a fence's atomic has none
+            r"(global|flat|buffer)_atomic_add(_u32)?\b.*\b(sc0|glc)",  # with a result; a fence's atomic has none
             r"(global|flat|buffer)_store",
             r"s_barrier",
-            AMD_WAIT,
+            AMD_WAIT_OF_GFX11 if str(compiled.metadata.target.arch).startswith("gfx11") else AMD_WAIT,
         ),
     }
 
@@ -687,7 +687,8 @@ FENCE_DISTANCE = 24
 """Machine instructions within which a ticket's fence and its invalidation stand."""
 
 AMD_WAIT = r"s_waitcnt\b.*vmcnt\(0\)"
-"""The instruction by which a wavefront waits for its own stores to arrive in memory."""
+AMD_WAIT_OF_GFX11 = r"s_waitcnt_vscnt\b.*(null|off), ?(0x)?0"
+"""The instruction by which a wavefront waits for its own stores to arrive in memory; gfx11 counts them apart."""
 
 
 def tickets_report(

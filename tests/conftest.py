@@ -29,6 +29,8 @@ if not torch.cuda.is_available() and os.environ.get("FASTCONFIG_TRITON"):
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("FASTCONFIG_EMULATE") else "1")
 
+from ptx import EMULATED
+
 from fastconfig import backends, landing, sweep
 from fastconfig.backends import BACKENDS
 
@@ -49,9 +51,6 @@ if importlib.util.find_spec("hypothesis"):  # the tests that a bare machine with
     hypothesis.settings.load_profile("fastconfig")
 
 # test_cpu.py asserts that the compiled core is built; here a missing one only shortens the list.
-EMULATED = os.environ.get("FASTCONFIG_EMULATE")
-"""The architecture, such as sm_90, or None."""
-
 BACKENDS_HERE = ["reference"] + (["cpu"] if BACKENDS["cpu"].available() is None else [])
 
 

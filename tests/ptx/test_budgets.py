@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EMULATED
 from triton.runtime.jit import JITFunction
 
 from fastconfig.backends import triton as backend
+from ptx import EMULATED
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 

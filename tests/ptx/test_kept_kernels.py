@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import EMULATED
 from fastconfig.kernels import geometry
 from test_triton import assert_gramian, assert_solved, combined, fresh_workspaces, problem
 from test_triton_rules import NUMBERS, both, gramian_of, operand_of, rule_of
@@ -16,6 +15,7 @@ from triton.runtime.jit import JITFunction
 import fastconfig as fc
 from fastconfig.backends import launching
 from fastconfig.backends import triton as backend
+from ptx import EMULATED
 
 pytestmark = [
     pytest.mark.emulated,

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from conftest import EMULATED
 from fastconfig.kernels import geometry, launched
 from test_triton import fresh_workspaces
 
@@ -21,6 +20,7 @@ import fastconfig as fc
 from fastconfig.backends import launching
 from fastconfig.backends import triton as backend
 from fastconfig.validation import check_rows
+from ptx import EMULATED
 
 pytestmark = [
     pytest.mark.emulated,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import EMULATED
 from fastconfig.kernels import geometry
 from test_triton import assert_gramian, assert_solved, combined, fresh_workspaces, problem, small_programs
 from triton.runtime.jit import JITFunction
@@ -15,6 +14,7 @@ from triton.runtime.jit import JITFunction
 import fastconfig as fc
 from fastconfig.backends import reference
 from fastconfig.backends import triton as backend
+from ptx import EMULATED
 
 pytestmark = [
     pytest.mark.emulated,
