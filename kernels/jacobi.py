@@ -12,7 +12,7 @@ import triton.language as tl
 from .matrices import cells
 
 EPSILON = tl.constexpr(2.220446049250313e-16)
-MAX_SWEEPS = tl.constexpr(60)  # up to 14 were seen on random and repeated rows, 26 at condition 1e16; the rest is margin
+MAX_SWEEPS = tl.constexpr(60)  # 14 were seen on random and repeated rows, 26 at condition 1e16; the rest is margin
 ORTHOGONAL = tl.constexpr(1e-14)
 """The cosine of two columns that counts as none: m·ε and less."""
 
