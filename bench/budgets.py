@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import numpy as np
 import torch
 import triton
+from gramians import NUMBERS, operand
 from ptx.emulator import Latencies
 from ptx.launching import Emulator, Kept, flattened, memory_of
 from rich.console import Console
@@ -58,20 +59,8 @@ H100 = {
     "matrix_interval": 8.0,
     "float64_units": 4,
 }
-NUMBERS: dict[str, tuple[float, ...]] = {
-    "pcgrad": (),
-    "mgda": (),
-    "cagrad": (0.5, 1.0),
-    "imtlg": (),
-    "nash": (0.5,),
-    "fairgrad": (2.0,),
-    "aligned": (1.0,),
-    "dualproj": (),
-    "upgrad": (),
-    "gradvac": (0.3,),
-    "sdmgrad": (0.3, 0.1, 0.5, 10.0),
-}
-SOLVES = ("config", "config, singular", *NUMBERS)
+WITHOUT_A_SOLVER = ("constant", "inverse_norm", "priority")
+SOLVES = ("config", "config, singular", *(kind for kind in NUMBERS if kind not in WITHOUT_A_SOLVER))
 LOSSES = (3, 40)
 PRODUCTS = {"m8n8k4": 256, "m16n8k4": 512, "m16n8k8": 1024, "m16n8k16": 2048}
 """Multiply-adds of a warp's matrix product."""
@@ -140,23 +129,13 @@ def gramian(m: int, singular: bool = False) -> torch.Tensor:
     return torch.from_numpy(rows @ rows.T)
 
 
-def operand_of(kind: str, m: int) -> torch.Tensor | None:
-    random = np.random.default_rng(0)
-    keys = random.random((m, m))
-    made = {
-        "pcgrad": keys,
-        "gradvac": np.stack([random.uniform(-0.9, 0.9, (m, m)), keys]),
-        "sdmgrad": random.dirichlet(np.ones(m)),
-    }
-    return torch.from_numpy(made[kind]) if kind in made else None
-
-
 def cost_of_solve(counts: Counter, name: str, m: int) -> dict[str, float]:
     """Of one method's weights of a Gramian of m losses."""
     counts.found.clear()
     if name in NUMBERS:
         rule = GramianRule(name, NUMBERS[name], None, "propagate")
-        backend.rule_weights(gramian(m), rule, operand_of(name, m))
+        taken = operand(name, m)
+        backend.rule_weights(gramian(m), rule, None if taken is None else torch.from_numpy(taken))
     else:
         backend.config_weights(gramian(m, name != "config"), fc.ConFIG().rule)
     (found,) = counts.found

@@ -77,3 +77,34 @@ def rows_of(kind: str, m: int, seed: int = 0) -> Rows:
 def terms_of(gramian: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(m,) what rounding of K c is relative to: Σ |K_ij c_j|."""
     return np.abs(gramian) @ np.abs(weights)
+
+
+NUMBERS: dict[str, tuple[float, ...]] = {
+    "constant": (1.0,),
+    "inverse_norm": (-1.5,),
+    "pcgrad": (),
+    "priority": (),
+    "mgda": (),
+    "cagrad": (0.5, 1.0),
+    "imtlg": (),
+    "nash": (0.5,),
+    "fairgrad": (2.0,),
+    "aligned": (1.0,),
+    "dualproj": (),
+    "upgrad": (),
+    "gradvac": (0.3,),
+    "sdmgrad": (0.3, 0.1, 0.5, 10.0),
+}
+"""The kinds of rules, and numbers for each."""
+
+
+def operand(kind: str, m: int, seed: int = 0) -> np.ndarray | None:
+    """What a rule takes besides the Gramian: keys, targets and keys, or weights on the simplex."""
+    random = np.random.default_rng(seed)
+    keys = random.random((m, m))
+    made = {
+        "pcgrad": keys,
+        "gradvac": np.stack([random.uniform(-0.9, 0.9, (m, m)), keys]),
+        "sdmgrad": random.dirichlet(np.ones(m)),
+    }
+    return made.get(kind)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastconfig.kernels import geometry, gramian_rules
+from gramians import NUMBERS, operand
 from torch import Tensor
 
 import fastconfig as fc
@@ -20,22 +21,6 @@ from fastconfig.backends import triton as backend
 from fastconfig.backends.rules import GramianRule
 
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"
-NUMBERS = {
-    "constant": (1.0,),
-    "inverse_norm": (-1.5,),
-    "pcgrad": (),
-    "priority": (),
-    "mgda": (),
-    "cagrad": (0.5, 1.0),
-    "imtlg": (),
-    "nash": (0.5,),
-    "fairgrad": (2.0,),
-    "aligned": (1.0,),
-    "dualproj": (),
-    "upgrad": (),
-    "gradvac": (0.3,),
-    "sdmgrad": (0.3, 0.1, 0.5, 10.0),
-}
 PREFERRED = [kind for kind in NUMBERS if kind not in ("mgda", "imtlg")]
 
 pytestmark = [
@@ -57,15 +42,9 @@ def rule_of(kind: str, m: int, preferences: tuple[float, ...] | None = None, non
 
 
 def operand_of(kind: str, m: int, seed: int = 0) -> Tensor | None:
-    """What a rule takes besides: keys, targets and keys, or weights on the simplex."""
-    random = np.random.default_rng(seed)
-    keys = random.random((m, m))
-    made = {
-        "pcgrad": keys,
-        "gradvac": np.stack([random.uniform(-0.9, 0.9, (m, m)), keys]),
-        "sdmgrad": random.dirichlet(np.ones(m)),
-    }
-    return torch.from_numpy(made[kind]).to(DEVICE) if kind in made else None
+    """What a rule takes besides."""
+    made = operand(kind, m, seed)
+    return None if made is None else torch.from_numpy(made).to(DEVICE)
 
 
 def in_poison(values: np.ndarray) -> Tensor:

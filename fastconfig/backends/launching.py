@@ -71,8 +71,3 @@ def launch(
 def arguments_of(kernel: Kernel) -> tuple[str, ...]:
     """The names of a kernel's arguments, which are not in capitals as those of its constants are."""
     return tuple(name for name in kernel.arg_names if not name.isupper())
-
-
-def forget() -> None:
-    """Drop all that is kept."""
-    _KEPT.clear()

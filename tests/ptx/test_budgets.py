@@ -1,4 +1,4 @@
-"""What the kernels cost, against what was recorded: a change that makes them dearer is seen here."""
+"""What the kernels cost, against what was recorded: a change that makes them dearer, or cheaper, is seen here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ptx import EMULATED
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 MARGIN = 1.03
-"""Another release of Triton may schedule a little otherwise."""
+"""Of the clock alone: where an array begins decides how many lines of the cache an access meets."""
+COUNTED = ("instructions", "barriers")
 
 pytestmark = [
     pytest.mark.emulated,
@@ -42,7 +43,8 @@ def budgets(monkeypatch: pytest.MonkeyPatch):
 def test_solves_cost_what_was_recorded(name: str, m: int, budgets) -> None:
     tool, counter, recorded = budgets
     cost, budget = tool.cost_of_solve(counter, name, m), recorded["solves"][name][str(m)]
-    assert {key for key in budget if cost[key] > MARGIN * budget[key] + 0.1} == set(), (cost, budget)
+    assert {key: cost[key] for key in COUNTED} == {key: budget[key] for key in COUNTED}
+    assert all(cost[key] <= MARGIN * budget[key] + 0.1 for key in budget), (cost, budget)
 
 
 @pytest.mark.parametrize("m", [3, 40])
