@@ -349,7 +349,11 @@ _WORKSPACES_LOCK = threading.Lock()
 
 
 def workspace_for(device: torch.device) -> Workspace:
-    """The workspace of the current stream of a device, which is the current one."""
+    """The workspace of the current stream of a device, which is the current one.
+
+    PyTorch's own streams live as long as the process. One of another library that is destroyed with launches under way
+    may hand its number, and so its workspace, on too early.
+    """
     stream = 0
     if device.type == "cuda":
         # A graph keeps the memory that it was captured with, and may be replayed beside anything: it gets its own.
@@ -571,7 +575,7 @@ def _launch_solve(workspace: Workspace, gramian: Tensor, weights: Tensor, rule: 
     launch_kernel(
         launched.config_of_gramian,
         1,
-        (workspace.device, constants, direction is not None),
+        (workspace.device, gramian.dtype, constants, direction is not None),
         (gramian, weights, direction, tracked, rtol, workspace.scratch),
         lambda: (dict(constants), compiler_options(workspace.device, geometry.solve_warps(m), 1)),
     )
@@ -593,7 +597,7 @@ def _launch_rule(
     launch_kernel(
         launched_rules.rule_of_gramian,
         max(1, parts),
-        (device, constants, preferences is not None, operand is not None),
+        (device, gramian.dtype, constants, preferences is not None, None if operand is None else operand.dtype),
         (gramian, weights, preferences, operand, *numbers, workspace.rule_scratch, tickets),
         lambda: ({**dict(constants), "FENCE": device_of(device).fence(warps)}, compiler_options(device, warps, 1)),
     )

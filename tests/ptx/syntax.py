@@ -159,10 +159,9 @@ class Kernel:
         return True, self.constants.setdefault(bits & (2**64 - 1), len(self.constants))
 
     def _source(self, token: str, opcode: str) -> tuple[bool, int]:
-        float64 = re.fullmatch(r"0[dD]([0-9A-Fa-f]{16})", token)
-        float32 = re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", token)
-        if float64 or float32:
-            return self._constant(int((float64 or float32)[1], 16))  # type: ignore[index]
+        pattern = re.fullmatch(r"0[dD]([0-9A-Fa-f]{16})|0[fF]([0-9A-Fa-f]{8})", token)
+        if pattern:
+            return self._constant(int(pattern[1] or pattern[2], 16))
         if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", token):
             number = int(token.rstrip("U"), 0)
             if opcode.endswith(".f64"):
