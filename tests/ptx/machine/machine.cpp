@@ -42,6 +42,7 @@ Machine::Machine(const Program& program, const Launch& launch, const uint8_t* pa
       parameters_(parameters),
       regions_(regions, regions + count),
       random_(launch.seed),
+      l1_(launch.multiprocessors),
       executed_(program.instructions.size(), 0),
       clock_(latencies, launch.warps, program.registers, int(program.instructions.size())) {
     std::sort(regions_.begin(), regions_.end(), [](const Region& a, const Region& b) { return a.address < b.address; });

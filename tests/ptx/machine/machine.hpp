@@ -1,6 +1,7 @@
 // Programs of warps on a few multiprocessors: warps in lockstep, one of them chosen at random at a time.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <random>
@@ -115,7 +116,7 @@ class Machine {
     mutable size_t last_region_ = 0;
     std::mt19937_64 random_;
     std::vector<std::unique_ptr<Block>> blocks_;
-    std::unordered_map<uint64_t, std::array<uint8_t, 32>> l1_[64];  // a multiprocessor: sectors
+    std::vector<std::unordered_map<uint64_t, std::array<uint8_t, 32>>> l1_;  // a multiprocessor: its sectors
     Shadow shadow_;
     std::unordered_map<uint64_t, Knowledge> published_;  // an atomic's address: what its releases told
     std::map<std::tuple<int, int, int, int>, size_t> race_numbers_;
