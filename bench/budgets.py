@@ -62,6 +62,9 @@ H100 = {
 WITHOUT_A_SOLVER = ("constant", "inverse_norm", "priority")
 SOLVES = ("config", "config, singular", *(kind for kind in NUMBERS if kind not in WITHOUT_A_SOLVER))
 LOSSES = (3, 40)
+ALLOCATION = 512
+"""Bytes at a multiple of which allocations on a GPU begin."""
+ARITHMETIC = ("fma.rn", "mul.rn", "add.rn", "sub.rn")
 PRODUCTS = {"m8n8k4": 256, "m16n8k4": 512, "m16n8k8": 1024, "m16n8k16": 2048}
 """Multiply-adds of a warp's matrix product."""
 
@@ -77,15 +80,13 @@ class Counter(Emulator):
         program, signature, bound = self.compiled(function, args, kwargs)
         kinds = {name: kind for name, kind in signature.items() if kind != "constexpr"}
         values = list(flattened([bound[name] for name in kinds]))
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        numbers = [
-            value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values if value is not None
-        ]
-        before = [tensor.clone() for tensor in tensors]
         cycles = []
         for latency in (H100["first_level"], H100["second_level"]):
-            for tensor, copy in zip(tensors, before, strict=True):
-                tensor.copy_(copy)
+            placed = [on_a_gpu(value) if isinstance(value, torch.Tensor) else value for value in values]
+            tensors = [value for value in placed if isinstance(value, torch.Tensor)]
+            numbers = [
+                value.data_ptr() if isinstance(value, torch.Tensor) else value for value in placed if value is not None
+            ]
             clock = Latencies(**{**H100, "first_level": latency})
             # UPGrad's programs each solve a part, side by side: one of them, and its ticket.
             how = {"clock": clock} if grid[0] == 1 or function.__name__ == "rule_of_gramian" else {}
@@ -95,7 +96,12 @@ class Counter(Emulator):
         float64 = sum(
             count * (PRODUCTS[shape_of(text)] if "mma.sync" in text else 32)
             for text, count in zip(program.texts, outcome.executed, strict=True)
-            if "mma.sync" in text or any(f"{name}.f64" in text for name in ("fma.rn", "mul.rn", "add.rn", "sub.rn"))
+            if "mma.sync" in text or any(f"{name}.f64" in text for name in ARITHMETIC)
+        )
+        float32 = 32 * sum(
+            count
+            for text, count in zip(program.texts, outcome.executed, strict=True)
+            if any(f"{name}.f32" in text for name in ARITHMETIC)
         )
         self.found.append(
             {
@@ -104,9 +110,17 @@ class Counter(Emulator):
                 "us": round(cycles[0] / CLOCK, 1),
                 "us_past_l1": round(cycles[1] / CLOCK, 1),
                 "float64": float64,
+                "float32": float32,
             }
         )
         return None
+
+
+def on_a_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins where PyTorch's allocator for GPUs lets it: an access meets as many lines of the cache."""
+    memory = torch.empty(tensor.nbytes + ALLOCATION, dtype=torch.uint8)
+    copy = memory[-memory.data_ptr() % ALLOCATION :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 def shape_of(text: str) -> str:
@@ -139,7 +153,7 @@ def cost_of_solve(counts: Counter, name: str, m: int) -> dict[str, float]:
     else:
         backend.config_weights(gramian(m, name != "config"), fc.ConFIG().rule)
     (found,) = counts.found
-    return {key: value for key, value in found.items() if key != "float64"}
+    return {key: value for key, value in found.items() if key not in ("float64", "float32")}
 
 
 STREAMS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -150,22 +164,39 @@ STREAMS: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
-def float64_a_column(counts: Counter, name: str, m: int) -> float:
-    """Multiply-adds and other float64 operations that one more column of float32 costs."""
+def operations_a_column(counts: Counter, name: str, m: int, kind: str = "float64") -> float:
+    """Multiply-adds and other operations in "float64" or "float32" that one more column of float32 costs."""
     totals = []
     for n in (1 << 16, 1 << 17):
         counts.found.clear()
         STREAMS[name](torch.zeros(m, n))
         (found,) = counts.found
-        totals.append(found["float64"])
+        totals.append(found[kind])
     return round((totals[1] - totals[0]) / (1 << 16), 2)
+
+
+def in_two_floats(counts: Counter, m: int) -> dict[str, float]:
+    """Operations a column of the Gramian on a device with few float64 units."""
+    seen = backend.device_of
+    backend.device_of = lambda device: counts.device._replace(has_quick_float64=False)
+    try:
+        return {kind: operations_a_column(counts, "gramian", m, kind) for kind in ("float32", "float64")}
+    finally:
+        backend.device_of = seen
 
 
 def main() -> None:
     counts = counter()
     solves = {name: {str(m): cost_of_solve(counts, name, m) for m in LOSSES} for name in SOLVES}
-    columns = {name: {str(m): float64_a_column(counts, name, m) for m in LOSSES} for name in STREAMS}
-    content = {"triton": triton.__version__, "architecture": "sm_90", "solves": solves, "float64 a column": columns}
+    columns = {name: {str(m): operations_a_column(counts, name, m) for m in LOSSES} for name in STREAMS}
+    few_units = {str(m): in_two_floats(counts, m) for m in LOSSES}
+    content = {
+        "triton": triton.__version__,
+        "architecture": "sm_90",
+        "solves": solves,
+        "float64 a column": columns,
+        "gramian in two floats, a column": few_units,
+    }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     table = Table(title=f"m×m solves as Triton {triton.__version__} compiles them for sm_90")
     for heading in ("method", "losses", "warp instructions", "barriers", "µs by the model", "µs without L1"):
@@ -180,6 +211,11 @@ def main() -> None:
     for name, costs in columns.items():
         console.print(
             f"{name}: " + ", ".join(f"{cost:g} float64 operations a column of {m}" for m, cost in costs.items())
+        )
+    for m, cost in few_units.items():
+        console.print(
+            f"gramian in two floats: {cost['float32']:g} float32 and {cost['float64']:g} float64 operations "
+            f"a column of {m}"
         )
 
 

@@ -48,6 +48,7 @@ from fastconfig.kernels import (
     launched_momentum,
     launched_rules,
     launched_tables,
+    pairs,
     writing,
 )
 from rich.console import Console
@@ -343,7 +344,15 @@ def subset_problems() -> Iterator[Problem]:
 # -------------------------------------------------------------------------------------------------------- recording
 
 MODULES = {
-    launched: ("config_of_few", "config_of_many", "config_of_gramian", "combination", "graddrop", "table_of_addresses"),
+    launched: (
+        "config_of_few",
+        "config_of_many",
+        "config_of_blocks",
+        "config_of_gramian",
+        "combination",
+        "graddrop",
+        "table_of_addresses",
+    ),
     launched_rules: ("rule_of_gramian",),
     launched_momentum: ("moments_of_few", "moments_of_many", "momentum_update"),
     launched_tables: ("table_of_gradients", "table_of_group"),
@@ -520,8 +529,10 @@ class Lines(NamedTuple):
         return isinstance(place, Place) and place.file == self.file and self.first <= place.line <= self.last
 
 
-READERS = ("pair_products", "block_tile", "used_elements", "row_elements", "state_tile")
+READERS = ("pair_products", "row_tiles", "block_tile", "used_elements", "row_elements", "state_tile")
 """The functions that read elements of rows and nothing else."""
+MASKED_BY_THREADS = ("row_tiles",)
+"""Those whose mask leaves loads as wide as they are."""
 GRADIENT_READERS = ("gradient_tile",)
 """Those that read elements of gradients which may be narrower than the averages that they enter."""
 
@@ -541,10 +552,11 @@ def calls_in(module: ModuleType) -> Iterator[tuple[Lines, str, bool]]:
             wanted = {"MASKED": False, "WHOLE": True}.get(last_parameter.get(call.func.id))
             last = call.args[-1]
             whole = wanted is not None and isinstance(last, ast.Constant) and last.value is wanted
+            whole |= call.func.id in MASKED_BY_THREADS
             yield Lines(path.name, call.lineno, call.end_lineno), call.func.id, whole
 
 
-CALLS = (*calls_in(gramian), *calls_in(combination), *calls_in(graddrop), *calls_in(writing))
+CALLS = (*calls_in(gramian), *calls_in(pairs), *calls_in(combination), *calls_in(graddrop), *calls_in(writing))
 READING = tuple(lines for lines, name, _ in CALLS if name in READERS)
 READING_GRADIENTS = tuple(lines for lines, name, _ in CALLS if name in GRADIENT_READERS)
 STREAMING = tuple(lines for lines, _, whole in CALLS if whole)
@@ -846,8 +858,10 @@ def wide_loads_a_step(this: Specialisation) -> int:
     if not constants.get("ALIGNED"):
         return 0
     m = constants["M"]
+    if this.kernel == "config_of_blocks":
+        return 2 * constants["BLOCK"]
     if this.kernel == "config_of_few":
-        return m * constants["UNROLL"] + (m if "out" not in constants else 0)
+        return m * (1 if constants["RUN"] else constants["UNROLL"]) + (m if "out" not in constants else 0)
     if this.kernel == "combination":
         return min(m, geometry.FEW)
     if this.kernel == "graddrop":
@@ -870,7 +884,7 @@ def wide_loads_a_step(this: Specialisation) -> int:
 def tickets_taken(this: Specialisation) -> int:
     """How many tickets stand in the kernel: one a level of the reduction, and one before strips' sums are solved."""
     constants = this.named()
-    if this.kernel in ("config_of_many", "moments_of_many"):
+    if this.kernel in ("config_of_many", "config_of_blocks", "moments_of_many"):
         return 2 if "weights" in constants else 3
     if this.kernel in ("config_of_few", "moments_of_few", "momentum_update"):
         return 2 if "tickets" not in constants else 0
@@ -882,7 +896,7 @@ def tickets_taken(this: Specialisation) -> int:
 def makes_matrix_products(architecture: str) -> bool:
     """Whether the kernel of many losses, launched whatever the device has, is compiled to matrix products."""
     recorder = Recorder(architecture)
-    device = ARCHITECTURES[architecture].device._replace(has_matrix_units=True)
+    device = ARCHITECTURES[architecture].device._replace(has_matrix_units=True, has_quick_float64=True)
     with recording(recorder, alternatives=False), mock.patch.object(backend, "device_of", return_value=device):
         Problem(9, call="gramian").run()
     (this,) = recorder.found.values()

@@ -12,6 +12,10 @@ FEW = 8
 """Up to here every pair of losses is summed in a thread's registers: 36 float64 sums are 72 registers. Above, the pairs
 outgrow them and the matrix units take over."""
 
+PAIRED = 6
+"""Rows of a block, at most, whose pairs with another's a thread holds: 36 of 2 registers, with 24 for the rows'
+addresses and 48 for a vector of each. Seven spill."""
+
 DROPPED_TOGETHER = 4
 """Rows of GradDrop whose loads are under way together: of 16-bit ones the sums by sign leave no registers for more."""
 
@@ -28,6 +32,13 @@ ONE_LAUNCH_BYTES = 128 << 10
 """Up to this many bytes of gradients one program does everything: three losses on a network of 10,000 parameters.
 It reads at what one multiprocessor can, about 50 GB/s, so that more bytes are sooner read by all of them and a second
 launch. The figure is computed, not measured; ``bench/gpu.py`` times both sides of it."""
+
+ONE_LAUNCH_BYTES_OF_FEW_UNITS = 16 << 10
+"""The same on devices with few float64 units, in which one program combines: of 16 KiB in 1.6 µs."""
+
+RUN_COLUMNS = 128
+"""Columns that a thread sums by ``two_float`` at most before the sum joins those in float64: its error's bound grows
+with them, while adding up 128 threads' sums of 64 pairs takes as long as 6 columns do."""
 
 PIECE_COLUMNS = 512
 """Columns of a segment between entries of the table that says which parameters meet them: a tile of four warps."""
@@ -90,6 +101,23 @@ class Many:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """``config_of_blocks``: from 9 losses on, where there are no matrix units for float64 or few units at all."""
+
+    block: int
+    """Rows of a block."""
+    warps: int = 8
+    programs: int = 1
+    """At most how many a multiprocessor."""
+    group: int = 32
+
+    def block_pairs(self, m: int) -> int:
+        """How many pairs of blocks, each with programs of its own, the rows make."""
+        blocks = -(-m // self.block)
+        return blocks * (blocks + 1) // 2
+
+
+@dataclass(frozen=True)
 class Combination:
     """``combination`` and ``graddrop``, for any number of losses."""
 
@@ -139,6 +167,26 @@ def many(m: int, itemsize: int, lanes: int) -> tuple[Many, ...]:
     if blocks <= 3:
         return (Many(left=blocks, right=0, depth=depth),)
     return (Many(left=2, right=2, depth=depth),)
+
+
+@cache
+def few_in_two_floats(m: int) -> Few:
+    """The launch of the Gramian of up to 8 losses by ``two_float``.
+
+    A thread holds two numbers a pair, and of its row a vector and the largest element; consumer cards' memory is kept
+    busy by a sixth of the loads under way that a data centre's needs.
+    """
+    return Few(warps=4, unroll=1, programs=6 if m <= 3 else 4 if m <= 5 else 3 if m <= 6 else 2)
+
+
+@cache
+def blocks(m: int) -> Blocks:
+    """The launch of the Gramian of 9 and more losses by pairs of blocks: as few as hold them.
+
+    Smaller blocks would read the rows more often, from the cache; of 40 losses these read them 8 times for 1008
+    products a column, where 820 are wanted.
+    """
+    return Blocks(block=-(-m // -(-m // PAIRED)))
 
 
 @cache

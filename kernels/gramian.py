@@ -1,8 +1,8 @@
 """The Gramian K = G Gᵀ of m rows of n elements, summed in float64: each program streams tiles of columns.
 
-Why float64 on every device: the product of two float32 or bfloat16 numbers needs their double exponent range, so a
-compensated float32 sum would first have to scale every row; and on devices whose float64 rate is half that of float32
-the sums hide behind the loads. Row norms are the diagonal, so no pass of their own is needed.
+Why float64: the product of two float32 or bfloat16 numbers needs their double exponent range, and on devices whose
+float64 rate is half that of float32 the sums hide behind the loads. For others there is ``two_float``. Row norms are
+the diagonal, so no pass of their own is needed.
 
 Traffic: m·n elements read once; P·S float64 written and read again, P programs of S partial sums.
 """

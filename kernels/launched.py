@@ -9,6 +9,7 @@ import triton.language as tl
 from .combination import combine_tiles
 from .config_rule import write_config_weights
 from .graddrop import drop_tiles
+from .pairs import gramian_by_blocks
 from .rows import vectors_at
 from .whole_gramian import gramian_of_few, gramian_of_many
 
@@ -94,6 +95,7 @@ def config_of_few(
     UNROLL: tl.constexpr,
     GROUP: tl.constexpr,
     FENCE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Gramian of up to 8 rows; with ``weights`` ConFIG's weights, too; by one program with ``out``, all of it.
 
@@ -102,14 +104,16 @@ def config_of_few(
         n: columns.
         address0 to address7, SEPARATE: with SEPARATE the rows begin at these addresses, and ``rows`` says only of
             which dtype they are.
-        partials: float64, PAIRS a program and PAIRS a group of GROUP programs; None says that one program is launched.
-        tickets: int32 zeros, one and one a group of programs; zeros again when the launch ends.
+        partials: float64, PAIRS a program and PAIRS a group of GROUP programs, with RUN another PAIRS a program; None
+            for one program without RUN.
+        tickets: int32 zeros, one and one a group of programs; zeros again when the launch ends; None for one program.
         gramian: (M, M) float64, written.
         weights: (M,) float64, written; None for the Gramian alone.
         out: (n,) of the rows' dtype, written by the one program; None with several.
         direction, tracked, rtol, scratch, LENGTH, DROP: as ``config_rule.write_config_weights``.
         FENCE: as ``arrival.arrived_last``.
         UNROLL: tiles a step.
+        RUN: 0 for sums in float64, else how many tiles of rows of at most 32 bits are summed by ``two_float`` at most.
         ALIGNED: every row, and ``out``, begins at a multiple of 16 bytes.
 
     Traffic: M·n elements read, and with ``out`` again from the cache and n written.
@@ -140,6 +144,7 @@ def config_of_few(
         ALIGNED,
         GROUP,
         FENCE,
+        RUN,
     )
     if weights is not None:
         if last:
@@ -211,6 +216,71 @@ def config_of_many(
         WARPS,
         DEPTH,
         ALIGNED,
+        GROUP,
+        FENCE,
+        weights is not None,
+    )
+    if weights is not None:
+        if last:
+            write_config_weights(gramian, weights, direction, tracked, rtol, scratch, M, MP, LENGTH, DROP)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def config_of_blocks(
+    rows,
+    stride: tl.int64,
+    n: tl.int64,
+    partials,
+    tickets,
+    gramian,
+    weights,
+    direction,
+    tracked: tl.int32,
+    rtol: tl.float64,
+    scratch,
+    ALIGNED: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LENGTH: tl.constexpr,
+    DROP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    RUN: tl.constexpr,
+    TWO_FLOAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FENCE: tl.constexpr,
+):
+    """As ``config_of_many`` without matrix units: by blocks of BLOCK rows, whose pairs a thread's registers hold.
+
+    Args:
+        rows, stride, n, gramian, weights, direction, tracked, rtol, scratch, LENGTH, DROP, FENCE, ALIGNED: as
+            ``config_of_many``.
+        partials: float64, 2·PAIRS a program and PAIRS a group of GROUP programs of a pair of blocks.
+        tickets: int32 zeros, one, and for each pair of blocks one and one a group; zeros again when the launch ends.
+        RUN: how many tiles are summed at most before their sums join those in float64.
+        TWO_FLOAT: whether these are by ``two_float``, of rows of at most 32 bits, or in float64 themselves.
+
+    Traffic: M·n elements read, of B blocks B + 1 times, all but the first from the cache.
+    """
+    last = gramian_by_blocks(
+        rows,
+        tl.cast(stride, tl.int64),  # as above
+        n,
+        partials,
+        tickets,
+        gramian,
+        M,
+        BLOCK,
+        DTYPE,
+        PAIRS,
+        THREADS,
+        VECTOR,
+        RUN,
+        ALIGNED,
+        TWO_FLOAT,
         GROUP,
         FENCE,
         weights is not None,

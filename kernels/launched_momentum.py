@@ -136,6 +136,7 @@ def moments_of_few(
         ALIGNED,
         GROUP,
         FENCE,
+        0,
     )
     if numbers is not None:
         if last:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .arrival import add_up, arrived_last, sum_of_partials
 from .gramian import BLOCK_ROWS, block_sums, matrix_of_pairs, pair_sums, store_block
+from .pairs import block_row_pointers, sums_of_pairs
 
 
 @triton.jit
@@ -40,16 +41,25 @@ def gramian_of_few(
     ALIGNED: tl.constexpr,
     GROUP: tl.constexpr,
     FENCE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Write the Gramian of up to 8 rows. Returns whether this program is the last.
 
     Args:
-        rows, stride, n, partials, tickets, gramian, UNROLL, ALIGNED, FENCE: as ``launched.config_of_few``.
-        gradients: as ``averages.few_gradients``, or None.
+        rows, stride, n, partials, tickets, gramian, UNROLL, ALIGNED, FENCE, RUN: as ``launched.config_of_few``.
+        gradients: as ``averages.few_gradients``, or None, as with RUN.
     """
-    pairs = pair_sums(rows, stride, gradients, n, program, programs, M, PAIRS, THREADS, VECTOR, UNROLL, ALIGNED)
+    if RUN:
+        x_rows = block_row_pointers(rows, stride, 0, M, M, None)
+        sums = partials + program * PAIRS
+        scratch = sums + (programs + tl.cdiv(programs, GROUP)) * PAIRS
+        pairs = sums_of_pairs(
+            sums, scratch, x_rows, (), n, program, programs, M, 0, PAIRS, THREADS, VECTOR, RUN, ALIGNED, True
+        )
+    else:
+        pairs = pair_sums(rows, stride, gradients, n, program, programs, M, PAIRS, THREADS, VECTOR, UNROLL, ALIGNED)
     last = program >= 0
-    if partials is not None:
+    if tickets is not None:
         last, pairs = add_up(pairs, partials, tickets, program, programs, PAIRS, GROUP, FENCE)
     if last:
         store_square(gramian, matrix_of_pairs(pairs, M, MP, PAIRS), M, MP)

@@ -22,19 +22,25 @@ TOOL = Path(__file__).parents[1] / "bench" / "compile_kernels.py"
 BY_MATRIX_UNITS = {"config_of_many", "moments_of_many"}
 UNITS_MISSING = {*BY_MATRIX_UNITS, "table_of_gradients"}
 """What is not launched where there are none."""
+INSTEAD = {"config_of_blocks"}
+"""What is launched there alone."""
 MOMENTUM = {"moments_of_few", "moments_of_many", "momentum_update", "table_of_gradients", "table_of_group"}
-KERNELS = {
-    "config_of_few",
-    "config_of_many",
-    "config_of_gramian",
-    "rule_of_gramian",
-    "combination",
-    "graddrop",
-    "table_of_addresses",
-} | MOMENTUM
+KERNELS = (
+    {
+        "config_of_few",
+        "config_of_many",
+        "config_of_gramian",
+        "rule_of_gramian",
+        "combination",
+        "graddrop",
+        "table_of_addresses",
+    }
+    | MOMENTUM
+    | INSTEAD
+)
 ALONE = {"config_of_gramian", "combination", "graddrop", "table_of_addresses", "table_of_gradients", "table_of_group"}
 """Those that take no tickets, however they are launched."""
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 FOLDERS = {"newest": "FASTCONFIG_NEWEST_TRITON", "oldest": "FASTCONFIG_OLDEST_TRITON"}
 """Environment variables that name a folder with a Triton; the installed one, PyTorch's, lies between the two."""
 
@@ -102,8 +108,9 @@ def test_everything_compiles(result):
 def test_every_kernel_is_compiled_for_every_architecture(result):
     assert result["architectures"]
     for architecture in result["architectures"]:
-        # On AMD, older Tritons have no float64 matrix products: the reference takes over.
-        missing = UNITS_MISSING if architecture == "gfx942" and is_oldest(result) else set()
+        # On AMD, older Tritons have no float64 matrix products.
+        without_units = architecture == "sm_89" or (architecture == "gfx942" and is_oldest(result))
+        missing = UNITS_MISSING if without_units else INSTEAD
         assert {report["kernel"] for report in compiled(result, architecture=architecture)} == KERNELS - missing
 
 
@@ -116,6 +123,7 @@ def is_oldest(result: dict) -> bool:
     [
         (3, "config_of_few", "combination"),
         (40, "config_of_many", "combination"),
+        (40, "config_of_blocks", "combination"),
         (3, "moments_of_few", "momentum_update"),
         (40, "moments_of_many", "momentum_update"),
     ],
@@ -124,7 +132,7 @@ def test_3_and_40_losses_in_float32_are_among_them(result, m, kernel, then):
     for architecture in result["architectures"]:
         here = compiled(result, architecture=architecture, rows="*fp32")
         kernels = {report["kernel"] for report in here if report["constants"].get("M") == m}
-        if compiled(result, architecture=architecture, kernel=kernel):  # on AMD an older Triton has no matrix products
+        if compiled(result, architecture=architecture, kernel=kernel):  # that of many or that of blocks
             assert {kernel, then} <= kernels
 
 
@@ -143,7 +151,7 @@ def test_registers_stay_within_what_the_launch_asked_for(result):
 
 
 def test_shared_memory_fits_every_device(result):
-    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    limits = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
     assert those(result, lambda report: report["shared_bytes"] > 1024 * limits[report["architecture"]]) == []
 
 
@@ -195,6 +203,14 @@ def test_kernels_of_several_programs_take_tickets(result):
         several = report["kernel"] not in ALONE and "tickets" not in report["constants"]
         levels = 1 if report["kernel"] == "rule_of_gramian" else 2
         assert report["tickets"] >= levels if several else report["tickets"] == 0, described(report)
+
+
+def test_float32_is_summed_in_two_floats_where_float64_units_are_few(result):
+    """What float64 is left there is of the m×m problem, and of what does not fit."""
+    for report in compiled(result, kernel="config_of_few") + compiled(result, kernel="config_of_blocks"):
+        few_units = report["architecture"] == "sm_89" and report["rows"] != "*fp64"
+        in_two_floats = report["constants"].get("TWO_FLOAT", bool(report["constants"]["RUN"]))
+        assert bool(in_two_floats) is few_units, described(report)
 
 
 def test_many_losses_use_the_matrix_units(result):

@@ -423,7 +423,7 @@ def test_where_there_are_no_kernels_the_reference_steps(
     m: int, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
     if m == 9:
-        monkeypatch.setattr(gpu, "device_of", lambda device: gpu.Device(2, 32, False, False, True))
+        monkeypatch.setattr(gpu, "device_of", lambda device: gpu.Device(2, 32, False, True, False, True))
     ours, theirs = pair(m, 40)
     for training in (ours, theirs):
         training.step(gradients(range(m), 40, torch.float32, seed=0), RULE)
@@ -463,7 +463,7 @@ def test_offsets_past_two_to_the_31(m: int) -> None:
 @pytest.mark.parametrize("m", [3, 20])
 def test_where_a_barrier_does_not_order_all_stores(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD, with wavefronts of 64; the interpreter shows no race, but that the fence counts for nothing."""
-    monkeypatch.setattr(gpu, "device_of", lambda device: gpu.Device(2, 64, True, False, False))
+    monkeypatch.setattr(gpu, "device_of", lambda device: gpu.Device(2, 64, True, True, False, False))
     ours, theirs = pair(m, 600 if m == 3 else 300)
     recorded = gradients(range(m), ours.segment.moments.first.shape[1], torch.float32, seed=0)
     for training in (ours, theirs):

@@ -30,7 +30,14 @@ SIZES = [0, 1, 15, 16, 17, 31, 1000]
 SIZES_OF_MANY = [0, 1, 17, 150]  # beyond 16 losses, where a call takes the interpreter a second
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "padded", "vectors", "aligned"]
-KERNELS = ["config_of_few", "config_of_many", "config_of_gramian", "combination", "table_of_addresses"]
+KERNELS = [
+    "config_of_few",
+    "config_of_many",
+    "config_of_blocks",
+    "config_of_gramian",
+    "combination",
+    "table_of_addresses",
+]
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter", "poisoned_memory", "one_thread"),
@@ -186,7 +193,7 @@ def test_separate_vectors_cost_a_launch_only_beyond_eight(launches: list[str]) -
 @pytest.mark.parametrize("m", [3, 20])
 def test_where_a_barrier_does_not_order_all_stores(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD, with wavefronts of 64; the interpreter shows no race, but that the fence counts for nothing."""
-    monkeypatch.setattr(backend, "device_of", lambda device: backend.Device(2, 64, True, False, False))
+    monkeypatch.setattr(backend, "device_of", lambda device: backend.Device(2, 64, True, True, False, False))
     rows = problem(m, 1500 if m == 3 else 300)
     assert_solved(rows, combined(rows))
 
@@ -437,17 +444,6 @@ def test_an_old_triton_is_told_from_a_new_one(
     assert found is None if reason is None else reason in str(found)
 
 
-def test_a_device_whose_triton_lacks_matrix_products_has_the_reference_gramian(
-    monkeypatch: pytest.MonkeyPatch, launches: list[str]
-) -> None:
-    monkeypatch.setattr(backend, "device_of", lambda device: backend.Device(2, 32, False, False, True))
-    rows = problem(9, 50)
-    assert_solved(rows, combined(rows))
-    assert launches == ["config_of_gramian", "combination"]
-    rows = problem(8, 50)
-    assert_gramian(backend.gramian(rows), rows)
-
-
 # The launch table.
 
 
@@ -462,6 +458,15 @@ def test_launches_fit_the_reduction_and_the_registers(m: int) -> None:
     assert geometry.programs(10**10, 512, 2 * 132, 32, wave=132) == 2 * 132
     assert geometry.programs(0, 512, 100, 32) == 1
     assert geometry.programs(513, 512, 100, 32) == 2
+
+
+@pytest.mark.parametrize("m", [*range(9, 65), 100, 1000])
+def test_blocks_are_filled_and_their_programs_solve(m: int) -> None:
+    launch = geometry.blocks(m)
+    count = math.ceil(m / launch.block)
+    assert launch.block <= geometry.PAIRED
+    assert launch.block * count - m < count
+    assert launch.warps >= geometry.solve_warps(min(m, geometry.SOLVED))
 
 
 def test_the_table_is_taken_unless_tuning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

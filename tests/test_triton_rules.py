@@ -344,7 +344,7 @@ def test_the_same_bits_tickets_at_zero_and_memory_kept() -> None:
 
 def test_where_a_barrier_does_not_order_all_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD; see test_triton.py."""
-    monkeypatch.setattr(backend, "device_of", lambda device: backend.Device(2, 64, True, False, False))
+    monkeypatch.setattr(backend, "device_of", lambda device: backend.Device(2, 64, True, True, False, False))
     got, wanted = both(gramian_of(3), rule_of("upgrad", 3))
     np.testing.assert_allclose(got, wanted, rtol=1e-9)
 

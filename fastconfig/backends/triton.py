@@ -33,6 +33,12 @@ device that has units for them: older ones do for compute capability 8.0 and 9.0
 _WITH_FLOAT64_MATRIX_UNITS = ("gfx90a", "gfx94", "gfx95")
 """AMD's architectures that have them."""
 
+_WITH_QUICK_FLOAT64 = ((8, 0), (9, 0), (10, 0))
+"""NVIDIA's compute capabilities with half as many float64 units as float32 units: A100, H100, B200. All others since
+8.0 have 2 beside 128: the A10, L4, RTX cards and B300 among them."""
+_AMD_WITH_QUICK_FLOAT64 = "gfx9"
+"""AMD's of data centres, CDNA and what was before it; RDNA, gfx10 and on, has a sixteenth or less."""
+
 try:
     import triton
     import triton.language as tl
@@ -59,6 +65,8 @@ _ADDRESSES_A_LAUNCH = 16
 _NO_ADDRESSES = (0,) * 8
 """What a kernel that takes up to 8 separate vectors is given for none."""
 _TABLES_KEPT = 256
+_ENDLESS = 1 << 16
+"""Tiles of a run that need not end."""
 
 
 def available() -> str | None:
@@ -118,8 +126,6 @@ def on_its_device(
 @on_its_device
 def gramian(rows: Rows) -> Tensor:
     """As reference.gramian, in one launch; a few more where the addresses of over 8 separate vectors are new."""
-    if not _has_kernel(rows):
-        return reference.gramian(rows)
     result = torch.empty(rows.m, rows.m, dtype=torch.float64, device=rows.device)
     workspace = workspace_for(rows.device)
     with workspace.lock:
@@ -170,7 +176,7 @@ def config_combine(
     rows: Rows, rule: ConFIGRule, out: Tensor, gramian_out: Tensor | None = None, weights_out: Tensor | None = None
 ) -> None:
     """As reference.config_combine: two launches, or one where one program does it all. No callable length model."""
-    if rows.m > geometry.SOLVED or rule.nonfinite == "raise" or not _has_kernel(rows):
+    if rows.m > geometry.SOLVED or rule.nonfinite == "raise":
         weights = partial(config_weights, rule=rule)
         reference.combine_in_steps(gramian, weights, apply, rows, out, gramian_out, weights_out)
         return
@@ -216,10 +222,6 @@ def rule_combine(
     reference.combine_in_steps(gramian, weights, apply, rows, out, gramian_out, weights_out)
 
 
-def _has_kernel(rows: Rows) -> bool:
-    return rows.m <= geometry.FEW or device_of(rows.device).has_matrix_units
-
-
 class Device(NamedTuple):
     """What a launch needs to know of a device."""
 
@@ -228,10 +230,18 @@ class Device(NamedTuple):
     """Threads of a warp (NVIDIA) or wavefront (AMD)."""
     has_matrix_units: bool
     """Whether this Triton compiles float64 matrix products for it."""
+    has_quick_float64: bool
+    """Whether its float64 rate is not much lower than that of float32: see ``kernels/two_float.py``."""
     limits_registers: bool
     """Whether a launch may say how many registers a thread gets."""
     barrier_orders_all: bool
     """Whether a barrier orders what its threads stored for the whole device; see ``kernels/arrival.py``."""
+
+    @property
+    def one_launch_bytes(self) -> int:
+        """Up to how many bytes of gradients one program does everything."""
+        quick: int = geometry.ONE_LAUNCH_BYTES
+        return quick if self.has_quick_float64 else int(geometry.ONE_LAUNCH_BYTES_OF_FEW_UNITS)
 
     def fence(self, warps: int) -> int:
         """FENCE of a launch of so many warps."""
@@ -260,11 +270,13 @@ class Operand(NamedTuple):
     """Elements of a thread's widest load."""
     is_small: bool
     """Whether one program is the quickest to do it all."""
+    run: int
+    """How many tiles ``two_float`` sums at most before their sums join those in float64; 0 where all sums are."""
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What a compilation depends on of it."""
-        return self.separate, self.aligned, self.m, self.dtype, self.device, self.pointer.dtype
+        return self.separate, self.aligned, self.m, self.dtype, self.device, self.pointer.dtype, self.run
 
     def constants(self) -> dict[str, object]:
         """The same as arguments of a kernel that takes separate vectors, too."""
@@ -380,7 +392,9 @@ def compiler_options(device: torch.device, warps: int, programs: int) -> dict[st
 def device_of(device: torch.device) -> Device:
     """What a launch needs to know of this device."""
     if INTERPRETED:
-        return Device(2, lanes=32, has_matrix_units=True, limits_registers=True, barrier_orders_all=True)
+        return Device(
+            2, 32, has_matrix_units=True, has_quick_float64=True, limits_registers=True, barrier_orders_all=True
+        )
     properties = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None
     lanes = getattr(properties, "warp_size", 32 if nvidia else 64)  # an attribute of newer PyTorch
@@ -396,9 +410,11 @@ def describe(
     newest = _version() >= OLDEST_WITH_ALL_MATRIX_UNITS
     if nvidia:
         matrix_units = capability in ((8, 0), (9, 0)) or (newest and (10, 0) <= capability < (12, 0))
+        quick = capability in _WITH_QUICK_FLOAT64
     else:
         matrix_units = newest and name.startswith(_WITH_FLOAT64_MATRIX_UNITS)
-    return Device(multiprocessors, lanes, matrix_units, limits_registers=nvidia, barrier_orders_all=nvidia)
+        quick = name.startswith(_AMD_WITH_QUICK_FLOAT64)
+    return Device(multiprocessors, lanes, matrix_units, quick, limits_registers=nvidia, barrier_orders_all=nvidia)
 
 
 def _version() -> tuple[int, ...]:
@@ -426,9 +442,11 @@ def _operand(rows: Rows, workspace: Workspace, out: Tensor | None, few: int | No
         else:
             pointer = workspace.table_for(own)
     widest = geometry.VECTOR_BYTES
-    small = m <= geometry.FEW and m * n * itemsize <= geometry.ONE_LAUNCH_BYTES
+    on = device_of(device)
+    small = m <= geometry.FEW and m * n * itemsize <= on.one_launch_bytes
+    run = 0 if on.has_quick_float64 or itemsize == 8 else geometry.RUN_COLUMNS * itemsize // widest
     aligned = starts % widest == 0
-    return Operand(pointer, stride, addresses, separate, aligned, m, n, dtype, device, widest // itemsize, small)
+    return Operand(pointer, stride, addresses, separate, aligned, m, n, dtype, device, widest // itemsize, small, run)
 
 
 def _launch_gramian(
@@ -447,10 +465,14 @@ def _launch_gramian(
     def launch_many(launch: geometry.Many) -> None:
         _launch_many(operand, launch, workspace, k, c, rule)
 
-    if operand.m > geometry.FEW:
+    if operand.m > geometry.FEW and (operand.run or not device.has_matrix_units):
+        _launch_blocks(operand, geometry.blocks(operand.m), workspace, k, c, rule)
+    elif operand.m > geometry.FEW:
         launch_many(tuned(geometry.many(operand.m, operand.dtype.itemsize, device.lanes), operand, launch_many))
     elif operand.is_small:
         _launch_few(operand, geometry.one(operand.m), 1, workspace, k, c, rule, None)
+    elif operand.run:
+        launch_few(geometry.few_in_two_floats(operand.m))
     else:
         launch_few(tuned(geometry.few(operand.m), operand, launch_few))
 
@@ -466,13 +488,15 @@ def _launch_few(
     out: Tensor | None,
 ) -> None:
     partials = tickets = None
-    if programs > 1:
+    if programs > 1 or operand.run:
         groups = -(-programs // launch.group)
-        workspace.reserve_sums((programs + groups) * geometry.pairs(operand.m), 1 + groups)
-        partials, tickets = workspace.partials, workspace.tickets
+        shares = programs + groups + (programs if operand.run else 0)
+        workspace.reserve_sums(shares * geometry.pairs(operand.m), 1 + groups)
+        partials = workspace.partials
+        tickets = workspace.tickets if programs > 1 else None
     direction = direction_on(rule, operand.device)
     tracked, rtol, constants = rule_numbers(rule, operand.m)
-    has = (partials is not None, c is not None, out is not None, direction is not None)
+    has = (tickets is not None, c is not None, out is not None, direction is not None)
     kind = (operand.kind, launch, constants, has)
     launch_kernel(
         launched.config_of_few,
@@ -498,6 +522,7 @@ def _launch_few(
                 **operand.constants(),
                 **dict(constants),
                 **few_constants(launch, operand.m, operand.vector, operand.device),
+                "RUN": operand.run,
             },
             compiler_options(operand.device, launch.warps, launch.programs),
         ),
@@ -514,6 +539,60 @@ def few_constants(launch: geometry.Few, m: int, vector: int, device: torch.devic
         "GROUP": launch.group,
         "FENCE": device_of(device).fence(launch.warps),
     }
+
+
+def _launch_blocks(
+    operand: Operand,
+    launch: geometry.Blocks,
+    workspace: Workspace,
+    k: Tensor,
+    c: Tensor | None,
+    rule: ConFIGRule | None,
+) -> None:
+    device = device_of(operand.device)
+    threads = launch.warps * device.lanes
+    block_pairs = launch.block_pairs(operand.m)
+    most = max(1, launch.programs * device.multiprocessors // block_pairs)
+    programs = geometry.programs(operand.n, threads * operand.vector, most, launch.group)
+    groups = -(-programs // launch.group)
+    pairs = geometry.power_of_two(launch.block**2)
+    workspace.reserve_sums(block_pairs * (2 * programs + groups) * pairs, 1 + block_pairs * (1 + groups))
+    direction = direction_on(rule, operand.device)
+    tracked, rtol, constants = rule_numbers(rule, operand.m)
+    launch_kernel(
+        launched.config_of_blocks,
+        programs * block_pairs,
+        (operand.kind, launch, constants, c is not None, direction is not None),
+        (
+            operand.pointer,
+            operand.stride,
+            operand.n,
+            workspace.partials,
+            workspace.tickets,
+            k,
+            c,
+            direction,
+            tracked,
+            rtol,
+            workspace.scratch,
+        ),
+        lambda: (
+            {
+                **dict(constants),
+                "ALIGNED": operand.aligned,
+                "DTYPE": DTYPES[operand.dtype],
+                "BLOCK": launch.block,
+                "PAIRS": pairs,
+                "THREADS": threads,
+                "VECTOR": operand.vector,
+                "RUN": operand.run or _ENDLESS,
+                "TWO_FLOAT": operand.run > 0,
+                "GROUP": launch.group,
+                "FENCE": device.fence(launch.warps),
+            },
+            compiler_options(workspace.device, launch.warps, launch.programs),
+        ),
+    )
 
 
 def _launch_many(

@@ -68,8 +68,8 @@ class Emulator:
         self.random = random.Random(0)
         """What orders programs and warps."""
         device = describe(PROCESSORS, WARP, nvidia=True, capability=divmod(self.capability, 10))
-        # The kernels of many losses compile for every architecture, if to slow code: they are to run, too.
-        self.device = device._replace(has_matrix_units=True)
+        # What the kernels of many losses and of quick float64 compile to is slow on some, but is to run, too.
+        self.device = device._replace(has_matrix_units=True, has_quick_float64=True)
         """As the backend is to see it."""
         self.target = GPUTarget("cuda", self.capability, WARP)
         self.backend = make_backend(self.target)

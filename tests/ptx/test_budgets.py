@@ -51,4 +51,10 @@ def test_solves_cost_what_was_recorded(name: str, m: int, budgets) -> None:
 @pytest.mark.parametrize("name", ["gramian", "combination"])
 def test_columns_cost_what_was_recorded(name: str, m: int, budgets) -> None:
     tool, counter, recorded = budgets
-    assert tool.float64_a_column(counter, name, m) <= recorded["float64 a column"][name][str(m)]
+    assert tool.operations_a_column(counter, name, m) <= recorded["float64 a column"][name][str(m)]
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_columns_in_two_floats_cost_what_was_recorded(m: int, budgets) -> None:
+    tool, counter, recorded = budgets
+    assert tool.in_two_floats(counter, m) == recorded["gramian in two floats, a column"][str(m)]

@@ -70,7 +70,7 @@ class Segment:
         self._has_kernels = not dtypes and (self._m <= geometry.FEW or gpu.device_of(self.device).has_matrix_units)
         self._vector = geometry.VECTOR_BYTES // first.itemsize
         few_bytes = self._m * self._n * first.itemsize
-        self._is_small = self._m <= geometry.FEW and few_bytes <= geometry.ONE_LAUNCH_BYTES
+        self._is_small = self._m <= geometry.FEW and few_bytes <= gpu.device_of(self.device).one_launch_bytes
         self._pieces, self._ranges = _tables_of(self.pieces, self._n, self.device)
         self._rates: list[Tensor] = []  # learning rates that the last launch reads by address, kept until the next
 
