@@ -29,6 +29,8 @@ DEVICE = "cpu" if backend.INTERPRETED else "cuda"
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 BOUND = 1408 * 2.0**-48
 SEEN = 2.0**-44
+COMPILED = bool(EMULATED) or not backend.INTERPRETED
+"""The interpreter adds up threads' sums a number at a time, which takes it seconds of two blocks."""
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter", "poisoned_memory", "one_thread", "few_units"),
@@ -71,9 +73,9 @@ def exact(grads: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float64], ids=str)
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 13])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 13] if COMPILED else [1, 2, 3, 9])
 def test_gramian_equals_the_reference(m: int, dtype: torch.dtype) -> None:
-    for i, n in enumerate([0, 1, 7, 31, 300] if m <= 9 else [70]):
+    for i, n in enumerate([0, 1, 7, 31, 300] if m <= 3 or COMPILED else [70]):
         rows = check_rows(rows_in_poison(m, n, dtype, ["contiguous", "padded", "vectors", "aligned"][i % 4], 0, DEVICE))
         assert_gramian(backend.gramian(rows), rows)
 
@@ -128,10 +130,11 @@ def test_a_small_problem_is_one_launch(
 
 @pytest.mark.emulated
 def test_long_sums_of_one_sign_and_sums_that_cancel() -> None:
-    """Runs of 128 columns a thread, at the error that is seen; the row and its negative cancel to a billionth."""
+    """Of runs as long as they get, at the error that is seen."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(3 * 128 * 32 * 3, generator=generator)
-    y = torch.cat([x[: len(x) // 2], -x[len(x) // 2 :].flip(0)]) + 1e-9 * torch.randn(len(x), generator=generator)
+    x = torch.rand(3 * 128 * 32 * 3 + 5, generator=generator)
+    half = len(x) // 2
+    y = torch.cat([x[:half], -x[half:].flip(0)]) + 1e-9 * torch.randn(len(x), generator=generator)
     grads = torch.stack([x, y]).to(DEVICE)
     sums, sizes = exact(grads)
     assert ((gramian(grads) - sums).abs() <= SEEN * sizes).all()
@@ -151,7 +154,7 @@ OUTSIDE = {
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("case", OUTSIDE)
-@pytest.mark.parametrize("m", [2, 9])
+@pytest.mark.parametrize("m", [2, 9] if COMPILED else [2])
 def test_rows_that_leave_the_exponents_of_float32(m: int, case: str) -> None:
     grads = OUTSIDE[case](torch.randn(m, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE))
     sums, sizes = exact(grads)
@@ -161,7 +164,7 @@ def test_rows_that_leave_the_exponents_of_float32(m: int, case: str) -> None:
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("m", [3, 9])
+@pytest.mark.parametrize("m", [3, 9] if COMPILED else [3])
 def test_non_finite_rows_are_as_in_the_reference(m: int, bad: float) -> None:
     grads = torch.randn(m, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     grads[1, 17] = bad
