@@ -38,7 +38,7 @@ ONE_LAUNCH_BYTES_OF_FEW_UNITS = 16 << 10
 
 RUN_COLUMNS = 128
 """Columns that a thread sums by ``two_float`` at most before the sum joins those in float64: its error's bound grows
-with them, while adding up 128 threads' sums of 64 pairs takes as long as 6 columns do."""
+with them, while adding up the sums of a program's threads takes as long as 9 columns a thread do."""
 
 PIECE_COLUMNS = 512
 """Columns of a segment between entries of the table that says which parameters meet them: a tile of four warps."""
@@ -116,6 +116,20 @@ class Blocks:
         blocks = -(-m // self.block)
         return blocks * (blocks + 1) // 2
 
+    def most(self, m: int, multiprocessors: int) -> int:
+        """At most how many programs a pair of blocks, so that the last wave of them all is nearly full, too.
+
+        One wave would leave half of 128 multiprocessors idle at 64 losses, whose pairs of blocks are 66. Programs wait
+        for no other, so there may be several waves; the fewest that fill nine tenths, or else those that fill most.
+        """
+        pairs, at_once = self.block_pairs(m), self.programs * multiprocessors
+
+        def filled(waves: int) -> float:
+            return waves * at_once // pairs * pairs / (waves * at_once)
+
+        waves = next((waves for waves in range(1, 9) if filled(waves) >= 0.9), max(range(1, 9), key=filled))
+        return max(1, waves * at_once // pairs)
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -173,8 +187,8 @@ def many(m: int, itemsize: int, lanes: int) -> tuple[Many, ...]:
 def few_in_two_floats(m: int) -> Few:
     """The launch of the Gramian of up to 8 losses by ``two_float``.
 
-    A thread holds two numbers a pair, and of its row a vector and the largest element; consumer cards' memory is kept
-    busy by a sixth of the loads under way that a data centre's needs.
+    A thread holds two numbers a pair, and of each row a vector and the largest element; the memory of a consumer card
+    is kept busy by fewer loads under way, as it gives a multiprocessor a seventh of what an H100's does.
     """
     return Few(warps=4, unroll=1, programs=6 if m <= 3 else 4 if m <= 5 else 3 if m <= 6 else 2)
 

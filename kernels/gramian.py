@@ -152,6 +152,15 @@ def matrix_of_pairs(pairs, M: tl.constexpr, MP: tl.constexpr, PAIRS: tl.constexp
 
 
 @triton.jit
+def pair_at(index, SIDE: tl.constexpr):
+    """(i, j) of the pairs in the order (0, 0), (1, 0), (1, 1), (2, 0) ... by their number, i < SIDE."""
+    i = index * 0
+    for above in tl.static_range(1, SIDE):
+        i = tl.where(index >= above * (above + 1) // 2, above, i)
+    return i, index - i * (i + 1) // 2
+
+
+@triton.jit
 def block_pointers(rows, stride, block, M: tl.constexpr, DTYPE: tl.constexpr):
     """[1, BLOCK_ROWS, 1] pointers to the first columns of a block of rows; those past the last row are not read."""
     return row_pointers(rows, stride, block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), M, DTYPE)[None, :, None]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arrival import add_up, arrived_last
-from .gramian import side_by_side
+from .gramian import pair_at, side_by_side
 from .rows import columns_of, row_pointer, tile_pointers, widened
 from .two_float import UNSCALE, add_product, fits, normalised, scaled, sum_of_two
 
@@ -227,11 +227,9 @@ def wide_sums(x_rows, y_rows, start, stop, LEFT: tl.constexpr, RIGHT: tl.constex
         y = pointers_at(y_rows, pair % RIGHT, RIGHT)[:, None]
         valid = pair < LEFT * RIGHT
     else:
-        i = pair * 0
-        for above in tl.static_range(1, LEFT):
-            i = tl.where(pair >= above * (above + 1) // 2, above, i)
+        i, j = pair_at(pair, LEFT)
         x = pointers_at(x_rows, i, LEFT)[:, None]
-        y = pointers_at(x_rows, pair - i * (i + 1) // 2, LEFT)[:, None]
+        y = pointers_at(x_rows, j, LEFT)[:, None]
         valid = pair < LEFT * (LEFT + 1) // 2
     sums = tl.zeros([PAIRS, COLUMNS], tl.float64)
     size = tl.full([], COLUMNS, tl.int64)
@@ -271,11 +269,11 @@ def sums_of_pairs(
     Args:
         sums, scratch: float64, PAIRS each, in memory that no other program uses meanwhile.
         x_rows, y_rows: tuples of LEFT and RIGHT pointers.
-        RUN: tiles that are summed at most before the sums join those in float64. All programs have as many, but for
-            one, where there are enough.
+        RUN: tiles that are summed at most before the sums join those in float64.
     """
     VECTORS: tl.constexpr = THREADS * VECTOR
     tiles = tl.cdiv(n // VECTOR * VECTOR, VECTORS).to(tl.int32)
+    # Runs of one length, and as many of them for each program: else all would wait for those with one more.
     rounds = tl.maximum(1, tl.cdiv(tiles, programs * RUN))
     length = tl.maximum(1, tl.cdiv(tiles, programs * rounds))
     slots = tl.arange(0, PAIRS)
@@ -326,10 +324,7 @@ def gramian_by_blocks(
     pair = tl.program_id(0) % BLOCK_PAIRS
     program = tl.program_id(0) // BLOCK_PAIRS
     programs = tl.num_programs(0) // BLOCK_PAIRS
-    left = 0
-    for block in tl.static_range(1, BLOCKS):
-        left = tl.where(pair >= block * (block + 1) // 2, block, left)
-    right = pair - left * (left + 1) // 2
+    left, right = pair_at(pair, BLOCKS)
     x_rows = block_row_pointers(rows, stride, left * BLOCK, BLOCK, M, DTYPE)
     y_rows = block_row_pointers(rows, stride, right * BLOCK, BLOCK, M, DTYPE)
     groups = tl.cdiv(programs, GROUP)

@@ -1,16 +1,21 @@
 """Sums of products in two float32 numbers each: the arithmetic of devices with few float64 units.
 
-There it is six times as quick as float64 and, over a run of columns, as accurate. It is the compensated dot product of
-Ogita, Rump & Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005), algorithm 5.3, with the errors of
-products by fused multiply-adds. Ten operations a product, seven where products are exact, as those of two 16-bit
-numbers are.
+There it is six times as quick as float64. It is the compensated dot product of Ogita, Rump & Oishi, "Accurate sum and
+dot product", SIAM J. Sci. Comput. 26 (2005), algorithm 5.3, with the errors of products by fused multiply-adds. Ten
+operations a product, seven where products are exact, as those of two 16-bit numbers are.
 
-The bound. Let u = 2⁻²⁴, and S the largest Σ|xy| of a sum so far. ``add_product`` changes high + low by xy, but for the
-rounding of the two additions that carry errors: each error is at most uS, and so is |low| after ``normalised``, so that
-after T products more |low| ≤ (T + 1)uS, and each rounds to within u of that. L products in groups of T between
-normalisations err by no more than L(T + 3)u²S in all; a run of 128 columns in groups of 4 or 8, by 1408·2⁻⁴⁸ < 2⁻³⁷ of
-Σ|xy|, which is at most the product of the two rows' norms. That is the worst case, all roundings on one side; they are
-on both, and what is seen is 2⁻⁴⁸. Sums of runs are float64.
+The bound, of the order u². Let u = 2⁻²⁴, S the sum of all |xy| of a run, L the products of a thread, T how many of them
+stand between normalisations. The error of an addition and that of a product, at most uS together with what is left of
+them, are found without error; what rounds is
+
+- the sum of the two: 2u²S a product;
+- its addition to low: as |low| ≤ uS after ``normalised``, it is at most (T + 2)uS, so (T + 2)u²S a product;
+- ``normalised`` itself, where terms have cancelled until high is smaller than low: (T + 2)u²S once in T products;
+- ``sum_of_two``, of up to 256 threads' sums in eight steps: less than 64u²S in all.
+
+With T = 4 or 8 and L = 128 that is at most 128·(10 + 2 + 1.25)u²S + 64u²S = 1760·2⁻⁴⁸S < 2⁻³⁷S, and S is at most the
+product of the two rows' norms. It is the worst case, all roundings on one side; the tests hold sums to 2⁻⁴⁴S. Sums of
+runs are float64, whose own worst case is 2⁻⁵³S times the columns that a thread adds up.
 
 The range. Products of float32 leave its exponents, so elements are scaled by 2²⁴ and the rows' largest elements of a
 run must be zero or lie between 2⁻³⁶ and 2⁵⁰ after that: 2⁻⁶⁰ (8.7e-19) and 2²⁶ (6.7e7) before. Then no product, nor a

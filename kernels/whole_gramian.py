@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arrival import add_up, arrived_last, sum_of_partials
-from .gramian import BLOCK_ROWS, block_sums, matrix_of_pairs, pair_sums, store_block
+from .gramian import BLOCK_ROWS, block_sums, matrix_of_pairs, pair_at, pair_sums, store_block
 from .pairs import block_row_pointers, sums_of_pairs
 
 
@@ -126,10 +126,7 @@ def gramian_of_many(
     pair = tl.program_id(0) % STRIP_PAIRS
     program = tl.program_id(0) // STRIP_PAIRS
     programs = tl.num_programs(0) // STRIP_PAIRS
-    left = 0
-    for strip in tl.static_range(1, STRIPS):
-        left = tl.where(pair >= strip * (strip + 1) // 2, strip, left)
-    right = pair - left * (left + 1) // 2
+    left, right = pair_at(pair, STRIPS)
     left, right = left * LEFT, right * LEFT
     shares = block_sums(
         rows,

@@ -469,6 +469,16 @@ def test_blocks_are_filled_and_their_programs_solve(m: int) -> None:
     assert launch.warps >= geometry.solve_warps(min(m, geometry.SOLVED))
 
 
+@pytest.mark.parametrize("multiprocessors", [58, 72, 128, 170])
+@pytest.mark.parametrize("m", [9, 16, 24, 40, 48, 64, 100])
+def test_pairs_of_blocks_keep_all_multiprocessors_busy(m: int, multiprocessors: int) -> None:
+    launch = geometry.blocks(m)
+    programs = launch.most(m, multiprocessors) * launch.block_pairs(m)
+    waves = math.ceil(programs / multiprocessors)
+    assert programs >= 0.9 * waves * multiprocessors
+    assert waves <= 8
+
+
 def test_the_table_is_taken_unless_tuning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "ONE_LAUNCH_BYTES", 0)
     timed: list[float] = []

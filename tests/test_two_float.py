@@ -1,7 +1,8 @@
 """The Gramian on devices with few float64 units or no matrix units for float64, by the kernels that are made for them.
 
 As tests/test_triton.py: by the interpreter, or compiled on the emulator. What a sum in two float32 numbers is held to
-is the float64 sum, to within the bound that ``kernels/two_float.py`` proves, and the accuracy that it says is seen.
+is the sum without rounding, to within the bound that ``kernels/two_float.py`` proves, and the accuracy that it says
+the tests see.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = ["launches"]  # the fixture
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 BOUND = 1408 * 2.0**-48
+"""Of the 2⁻³⁷ = 2048·2⁻⁴⁸ that are proved for longer sums than these."""
 SEEN = 2.0**-44
 COMPILED = bool(EMULATED) or not backend.INTERPRETED
 """The interpreter adds up threads' sums a number at a time, which takes it seconds of two blocks."""
@@ -129,13 +131,14 @@ def test_a_small_problem_is_one_launch(
 
 
 @pytest.mark.emulated
-def test_long_sums_of_one_sign_and_sums_that_cancel() -> None:
-    """Of runs as long as they get, at the error that is seen."""
+@pytest.mark.parametrize("m", [2, 9] if COMPILED else [2])
+def test_long_sums_of_one_sign_and_sums_that_cancel(m: int) -> None:
+    """Several runs a program, as long as they get, at the error that is seen."""
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(3 * 128 * 32 * 3 + 5, generator=generator)
     half = len(x) // 2
     y = torch.cat([x[:half], -x[half:].flip(0)]) + 1e-9 * torch.randn(len(x), generator=generator)
-    grads = torch.stack([x, y]).to(DEVICE)
+    grads = torch.stack([x, y, *torch.randn(m - 2, len(x), generator=generator)]).to(DEVICE)
     sums, sizes = exact(grads)
     assert ((gramian(grads) - sums).abs() <= SEEN * sizes).all()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import reference
+from fastconfig.backends.launching import Kernel
 from fastconfig.backends.launching import launch as launch_kernel
 from fastconfig.backends.philox import WORDS
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
@@ -552,46 +553,21 @@ def _launch_blocks(
     device = device_of(operand.device)
     threads = launch.warps * device.lanes
     block_pairs = launch.block_pairs(operand.m)
-    most = max(1, launch.programs * device.multiprocessors // block_pairs)
+    most = launch.most(operand.m, device.multiprocessors)
     programs = geometry.programs(operand.n, threads * operand.vector, most, launch.group)
     groups = -(-programs // launch.group)
     pairs = geometry.power_of_two(launch.block**2)
     workspace.reserve_sums(block_pairs * (2 * programs + groups) * pairs, 1 + block_pairs * (1 + groups))
-    direction = direction_on(rule, operand.device)
-    tracked, rtol, constants = rule_numbers(rule, operand.m)
-    launch_kernel(
-        launched.config_of_blocks,
-        programs * block_pairs,
-        (operand.kind, launch, constants, c is not None, direction is not None),
-        (
-            operand.pointer,
-            operand.stride,
-            operand.n,
-            workspace.partials,
-            workspace.tickets,
-            k,
-            c,
-            direction,
-            tracked,
-            rtol,
-            workspace.scratch,
-        ),
-        lambda: (
-            {
-                **dict(constants),
-                "ALIGNED": operand.aligned,
-                "DTYPE": DTYPES[operand.dtype],
-                "BLOCK": launch.block,
-                "PAIRS": pairs,
-                "THREADS": threads,
-                "VECTOR": operand.vector,
-                "RUN": operand.run or _ENDLESS,
-                "TWO_FLOAT": operand.run > 0,
-                "GROUP": launch.group,
-                "FENCE": device.fence(launch.warps),
-            },
-            compiler_options(workspace.device, launch.warps, launch.programs),
-        ),
+    constants = {
+        "BLOCK": launch.block,
+        "PAIRS": pairs,
+        "THREADS": threads,
+        "VECTOR": operand.vector,
+        "RUN": operand.run or _ENDLESS,
+        "TWO_FLOAT": operand.run > 0,
+    }
+    _launch_by_table(
+        launched.config_of_blocks, programs * block_pairs, operand, launch, workspace, k, c, rule, constants
     )
 
 
@@ -610,11 +586,27 @@ def _launch_many(
     workspace.reserve_sums(
         strip_pairs * (programs + groups) * launch.partial_elements(), 1 + strip_pairs * (1 + groups)
     )
+    constants = {"LEFT": launch.left, "RIGHT": launch.right, "WARPS": launch.warps, "DEPTH": launch.depth}
+    _launch_by_table(launched.config_of_many, programs * strip_pairs, operand, launch, workspace, k, c, rule, constants)
+
+
+def _launch_by_table(
+    kernel: Kernel,
+    programs: int,
+    operand: Operand,
+    launch: geometry.Blocks | geometry.Many,
+    workspace: Workspace,
+    k: Tensor,
+    c: Tensor | None,
+    rule: ConFIGRule | None,
+    shape: dict[str, object],
+) -> None:
+    """A kernel of more than 8 losses, which reads separate rows by a table; ``shape`` are the constants of it alone."""
     direction = direction_on(rule, operand.device)
     tracked, rtol, constants = rule_numbers(rule, operand.m)
     launch_kernel(
-        launched.config_of_many,
-        programs * strip_pairs,
+        kernel,
+        programs,
         (operand.kind, launch, constants, c is not None, direction is not None),
         (
             operand.pointer,
@@ -632,12 +624,9 @@ def _launch_many(
         lambda: (
             {
                 **dict(constants),
+                **shape,
                 "ALIGNED": operand.aligned,
                 "DTYPE": DTYPES[operand.dtype],
-                "LEFT": launch.left,
-                "RIGHT": launch.right,
-                "WARPS": launch.warps,
-                "DEPTH": launch.depth,
                 "GROUP": launch.group,
                 "FENCE": device_of(operand.device).fence(launch.warps),
             },
