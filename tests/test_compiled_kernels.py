@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fastconfig.backends.triton import OLDEST
 
@@ -53,6 +54,7 @@ def compile_subset(out: Path, architectures: tuple[str, ...], triton_folder: str
     path = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = triton_folder if path is None else os.pathsep.join((triton_folder, path))
     command = [sys.executable, str(TOOL), "--subset", "--out", str(out), "--arch", *architectures]
+    out.unlink(missing_ok=True)
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert out.exists(), done.stderr
     result = json.loads(out.read_text())
@@ -60,20 +62,25 @@ def compile_subset(out: Path, architectures: tuple[str, ...], triton_folder: str
     return {**result, "specialisations": reports, "exit_code": done.returncode}
 
 
-def once(triton: str):
-    """Its kernels are compiled by one process alone, whatever the number of processes."""
-    return pytest.param(triton, marks=pytest.mark.xdist_group(triton))
-
-
-@pytest.fixture(scope="module", params=[once("newest"), once("oldest")])
+@pytest.fixture(scope="module", params=["newest", "oldest"])
 def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The reports of the newest Triton that PyPI has, and of the oldest that is supported."""
+    """The reports of the newest Triton that PyPI has, and of the oldest that is supported.
+
+    Compiled once, whatever the number of processes that run the tests: the others wait for the one that does it.
+    """
     variable = FOLDERS[request.param]
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"{variable} does not name a folder with the {request.param} Triton, as `make test` does")
-    out = tmp_path_factory.mktemp("compiled") / "kernels.json"
-    report = compile_subset(out, ARCHITECTURES if request.param == "newest" else ("sm_90", "gfx942"), folder)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    done = shared / f"compiled-by-the-{request.param}.json"
+    with FileLock(f"{done}.lock"):
+        if not done.exists():
+            architectures = ARCHITECTURES if request.param == "newest" else ("sm_90", "gfx942")
+            done.write_text(json.dumps(compile_subset(shared / "kernels.json", architectures, folder)))
+    report = json.loads(done.read_text())
     found = tuple(int(number) for number in report["triton"].split(".")[:2])
     assert found == OLDEST if request.param == "oldest" else found > OLDEST, f"{variable} has Triton {report['triton']}"
     return report

@@ -16,8 +16,8 @@ from fastconfig.kernels import geometry
 from guarded import rows_in_poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_problems import COMPILED, DEVICE, assert_gramian, assert_solved, combined, launches
 from ptx import EMULATED
-from test_triton import assert_gramian, assert_solved, combined, launches
 from torch import Tensor
 
 from fastconfig.backends import reference
@@ -26,13 +26,10 @@ from fastconfig.validation import check_rows
 
 __all__ = ["launches"]  # the fixture
 
-DEVICE = "cpu" if backend.INTERPRETED else "cuda"
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 BOUND = 1408 * 2.0**-48
 """Of the 2⁻³⁷ = 2048·2⁻⁴⁸ that are proved for longer sums than these."""
 SEEN = 2.0**-44
-COMPILED = bool(EMULATED) or not backend.INTERPRETED
-"""The interpreter adds up threads' sums a number at a time, which takes it seconds of two blocks."""
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter", "poisoned_memory", "one_thread", "few_units"),
@@ -190,7 +187,7 @@ ELEMENTS = st.one_of(
 
 
 @pytest.mark.emulated
-@settings(max_examples=100 if EMULATED else 25)
+@settings(max_examples=100 if EMULATED else 10)
 @given(
     pool=st.lists(ELEMENTS, min_size=2, max_size=16),
     n=st.integers(1, 700),

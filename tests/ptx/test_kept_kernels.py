@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fastconfig.kernels import geometry
-from test_triton import assert_gramian, assert_solved, combined, fresh_workspaces, problem
+from kernel_problems import assert_gramian, assert_solved, combined, fresh_workspaces, problem
 from test_triton_rules import NUMBERS, both, gramian_of, operand_of, rule_of
 from triton.runtime.jit import JITFunction
 

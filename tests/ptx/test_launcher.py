@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 from fastconfig.kernels import geometry, launched
-from test_triton import fresh_workspaces
+from kernel_problems import fresh_workspaces
 
 import fastconfig as fc
 from fastconfig.backends import launching

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from fastconfig.kernels import geometry
-from test_triton import assert_gramian, assert_solved, combined, fresh_workspaces, problem, small_programs
+from kernel_problems import assert_gramian, assert_solved, combined, fresh_workspaces, problem, small_programs
 from triton.runtime.jit import JITFunction
 
 import fastconfig as fc
