@@ -62,10 +62,10 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastconfig.backends import reference
 from fastconfig.backends import triton as backend
+from fastconfig.backends.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.momentum import triton as momentum
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
-from fastconfig.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
-from fastconfig.rows import Rows
 
 HERE = Path(__file__).parent
 KIB = 1024

@@ -5,7 +5,7 @@
 
 namespace fastconfig {
 
-// Adds the classes Sweep and Copies to the module; fastconfig/sweep.py says what each method means.
+// Adds the classes Sweep and Copies to the module; fastconfig/gradients/sweep.py says what each method means.
 void add_sweeps(pybind11::module_& module);
 
 }  // namespace fastconfig

@@ -1,12 +1,14 @@
 """Conflict-free gradients for training on several losses. Start with ``combine`` or ``GradientBuffer``."""
 
-from fastconfig import optim, torchjd, weightings
+from fastconfig import optim, weightings
 from fastconfig.api import combine, gramian
-from fastconfig.buffer import GradientBuffer
-from fastconfig.combination import Combination
-from fastconfig.conflict_lr import ConflictAwareLR
+from fastconfig.conflict.history import ConflictHistory
+from fastconfig.conflict.learning_rate import ConflictAwareLR
+from fastconfig.conflict.monitor import ConflictMonitor
 from fastconfig.diagnostics import show_config
-from fastconfig.history import ConflictHistory
+from fastconfig.gradients.buffer import GradientBuffer
+from fastconfig.gradients.combination import Combination
+from fastconfig.integrations import torchjd
 from fastconfig.methods import (
     CRMOGM,
     IMTLG,
@@ -31,7 +33,6 @@ from fastconfig.methods import (
     Sum,
     UPGrad,
 )
-from fastconfig.monitor import ConflictMonitor
 from fastconfig.version import __version__
 
 __all__ = [

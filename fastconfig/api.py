@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastconfig.combination import combine_rows
-from fastconfig.memory import fresh
+from fastconfig.gradients.combination import combine_rows
+from fastconfig.gradients.memory import fresh
 from fastconfig.methods import DEFAULT_METHOD, Method, StreamingMethod, method_for_one_call
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_out, check_rows, complex_dtype_of

@@ -16,8 +16,8 @@ from types import FrameType, TracebackType
 
 import torch
 
+from fastconfig.conflict.history import ConflictHistory
 from fastconfig.diagnostics import show_config
-from fastconfig.history import ConflictHistory
 from fastconfig.methods.catalogue import CATALOGUE, entry_of
 
 _PICTURE = "burgers.png"
@@ -226,7 +226,7 @@ def _picture_path(text: str) -> Path:
 def _plot(arguments: argparse.Namespace) -> int:
     if not _has("fastconfig plot", "matplotlib"):
         return 2
-    from fastconfig.conflict_figure import save_figure  # here, not above: it draws in the optional package
+    from fastconfig.conflict.figure import save_figure  # here, not above: it draws in the optional package
 
     source: Path = arguments.csv
     out: Path = arguments.out or source.with_suffix(".png")

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastconfig import backends
 from fastconfig.backends import Backend, reference
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import ConFIGRule, GramianRule
-from fastconfig.rows import Rows
 from fastconfig.validation import check_out, check_rows
 
 __all__ = ["Operators", "backend_for", "is_traced"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fastconfig.rows import Rows
+from fastconfig.backends.rows import Rows
 
 FLOAT_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 REAL_OF_COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}

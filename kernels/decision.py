@@ -1,7 +1,8 @@
 """The m×m part of M-ConFIG's step, in one program: ``fastconfig.backends.momentum.reference.decide`` for ConFIG.
 
-What it decides goes to memory in the layout of ``fastconfig.moments.Decision``: HEAD numbers, then forward and backward
-weights and the scales. The ledger is brought up to date in place; what is not to change is written as it was.
+What it decides goes to memory in the layout of ``fastconfig.backends.moments.Decision``: HEAD numbers, then forward
+and backward weights and the scales. The ledger is brought up to date in place; what is not to change is written as it
+was.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 from .config_rule import write_config_weights
 
 HEAD = tl.constexpr(5)
-"""Numbers of a decision before its vectors, as ``fastconfig.moments.HEAD``."""
+"""Numbers of a decision before its vectors, as ``fastconfig.backends.moments.HEAD``."""
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def write_decision(
 
     Args:
         gramian: (M, M) float64 of the new averages, which this program can see; afterwards that of the unbiased ones.
-        ledger_gramian, ledger_weights, ledger_counts, ledger_totals: a ``fastconfig.moments.Ledger``.
+        ledger_gramian, ledger_weights, ledger_counts, ledger_totals: a ``fastconfig.backends.moments.Ledger``.
         numbers: (HEAD + 2·M + count,) float64, written: the ``Decision``.
         recorded: int64, bit i says whether loss i has a gradient.
         scales: (count,) float64, of the gradients; may lie where ``numbers`` has them.

@@ -31,8 +31,9 @@ if not torch.cuda.is_available():
 
 from ptx import EMULATED
 
-from fastconfig import backends, landing, sweep
+from fastconfig import backends
 from fastconfig.backends import BACKENDS
+from fastconfig.gradients import landing, sweep
 
 # What PyTorch says once a process it says in every test: else the order in which they run would decide which one fails.
 torch.set_warn_always(True)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastconfig.rows import Rows
+from fastconfig.backends.rows import Rows
 
 
 def rows_in_poison(

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastconfig as fc
 from fastconfig.backends import reference
 from fastconfig.backends import triton as backend
-from fastconfig.rows import Rows
+from fastconfig.backends.rows import Rows
 from fastconfig.validation import check_rows
 
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastconfig.backends.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.momentum import cpu, reference
-from fastconfig.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 
 SEGMENTS = {"cpu": cpu.Segment, "reference": reference.Segment}
 GAP = -1

@@ -22,7 +22,7 @@ from gpubench.rivals import plain_torch
 from gpubench.shapes import Shape
 from gpubench.timing import Timing, time_calls
 
-from fastconfig.moments import Piece
+from fastconfig.backends.moments import Piece
 
 BENCH = Path(gpu.__file__).parent
 CPU = torch.device("cpu")

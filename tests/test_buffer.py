@@ -13,7 +13,7 @@ from oracle import as_numpy, assert_matches, config
 from torch import nn
 
 import fastconfig as fc
-from fastconfig.memory import ROW_BYTES
+from fastconfig.gradients.memory import ROW_BYTES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread", "way_of_landing")
 
@@ -228,7 +228,7 @@ def test_parts_are_read_in_one_pass_and_not_copied(monkeypatch):
     """Each column is read once and where it lies; a run of columns of one part by one call."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     buf = fc.GradientBuffer(model, num_losses=2)
-    read, backend_for = [], fc.buffer.backend_for
+    read, backend_for = [], fc.gradients.buffer.backend_for
 
     class Spy:
         def __init__(self, backend):
@@ -238,7 +238,7 @@ def test_parts_are_read_in_one_pass_and_not_copied(monkeypatch):
             read.append(addresses(rows.matrix[0]))
             return self.backend.gramian(rows)
 
-    monkeypatch.setattr(fc.buffer, "backend_for", lambda *arguments: Spy(backend_for(*arguments)))
+    monkeypatch.setattr(fc.gradients.buffer, "backend_for", lambda *arguments: Spy(backend_for(*arguments)))
     assert list(buf.gramian(by="module")) == ["0", "1"]
     assert len(read) == 2
     assert [*read[0], *read[1]] == list(addresses(buf.rows[0]))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastconfig as fc
-from fastconfig import landing
+from fastconfig.gradients import landing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import fastconfig as fc
-from fastconfig import conflict_lr
+from fastconfig.conflict import learning_rate as conflict_lr
 
 
 def cosines(*upper: float) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fastconfig as fc
-from fastconfig import memory
 from fastconfig.backends import cpu
 from fastconfig.conflictfree.momentum_operator import PseudoMomentumOperator
+from fastconfig.gradients import memory
 
 LARGE = memory.HUGE_BYTES // 4
 """Float32 elements of a large block."""

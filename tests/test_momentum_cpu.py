@@ -28,8 +28,8 @@ from torch import Tensor
 
 import fastconfig as fc
 from fastconfig.backends import cpu
+from fastconfig.backends.moments import Decision, Ledger, Recorded, StepRule
 from fastconfig.backends.momentum.reference import decide
-from fastconfig.moments import Decision, Ledger, Recorded, StepRule
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fastconfig as fc
 from fastconfig.backends import triton as gpu
+from fastconfig.backends.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.momentum import reference, triton
-from fastconfig.moments import HEAD, Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 GUARD = -7.0

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconfig as fc
-from fastconfig import monitor as monitor_module
-from fastconfig.history import columns_of
+from fastconfig.conflict import monitor as monitor_module
+from fastconfig.conflict.history import columns_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -373,7 +373,7 @@ def test_an_absent_loss_is_a_gap_everywhere(tmp_path):
 
 def test_the_picture_of_a_loss_that_is_often_absent_shows_its_points(tmp_path):
     """Alone between two gaps a point is no line, and is drawn as a dot."""
-    from fastconfig.conflict_figure import _draw
+    from fastconfig.conflict.figure import _draw
 
     table = monitor_module.ConflictHistory.of(
         ["pde", "data"],
@@ -569,7 +569,7 @@ def drawn(m, steps=6):
 @pytest.mark.parametrize("m", [1, 3, 10, 40])
 def test_the_picture_labels_every_loss_and_centres_its_colours_on_0(tmp_path, m):
     pytest.importorskip("matplotlib")
-    from fastconfig import conflict_figure
+    from fastconfig.conflict import figure as conflict_figure
 
     monitor, names = drawn(m)
     monitor.plot(tmp_path / "run.png")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastconfig import sweep
+from fastconfig.gradients import sweep
 
 SWEEPS = [sweep.PlainSweep, sweep.Sweep]
 

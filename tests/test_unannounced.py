@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastconfig as fc
-from fastconfig import landing
+from fastconfig.gradients import landing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread", "way_of_landing")
 

@@ -44,8 +44,8 @@ def steps(shape: Shape, recorded: int, device: torch.device) -> Sequence[Call]:
     """As many steps as there are losses to take turns, all on the same averages and parameters."""
     import fastconfig as fc
     from fastconfig.backends import select
+    from fastconfig.backends.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
     from fastconfig.backends.momentum import reference, triton
-    from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
 
     m, n = shape.m, shape.n
     module = triton if select(device).__name__.endswith("triton") else reference

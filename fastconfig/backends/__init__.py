@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import cpu, reference, triton
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import ConFIGRule, GramianRule
-from fastconfig.rows import Rows
 
 __all__ = ["BACKENDS", "Backend", "select"]
 

@@ -11,8 +11,8 @@ import torch  # first: it loads the OpenMP runtime that the core then shares
 from torch import Tensor
 
 from fastconfig.backends import reference
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import ConFIGRule, GramianRule, NonFiniteError, Rule
-from fastconfig.rows import Rows
 
 try:
     from fastconfig import _core

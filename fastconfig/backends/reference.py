@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastconfig.backends import problem
 from fastconfig.backends.philox import uniform
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import ConFIGRule, GramianRule, NonFiniteError
-from fastconfig.rows import Rows
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of one float64 chunk, 32 MiB: the reference's working memory, whatever n is."""

@@ -20,10 +20,10 @@ from torch import Tensor
 from fastconfig.backends import reference
 from fastconfig.backends.launching import Kernel
 from fastconfig.backends.launching import launch as launch_kernel
+from fastconfig.backends.moments import HEAD
 from fastconfig.backends.philox import WORDS
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
-from fastconfig.moments import HEAD
-from fastconfig.rows import Rows
 
 OLDEST = (3, 6)
 """The oldest Triton that the kernels compile on; the tests compile them on this one and on the newest."""

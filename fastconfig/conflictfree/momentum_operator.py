@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.api import combine, gramian
+from fastconfig.backends.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.momentum import Segment, segment_on
 from fastconfig.conflictfree import grad_operator as _grad_operator
 from fastconfig.conflictfree import loss_recorder as _loss_recorder
@@ -30,10 +31,9 @@ from fastconfig.conflictfree.loss_recorder import (
     check_pairs,
 )
 from fastconfig.conflictfree.utils import Sequence, apply_gradient_vector, has_zero
-from fastconfig.memory import aligned_rows, fresh
+from fastconfig.gradients.memory import aligned_rows, fresh
 from fastconfig.methods import Method
-from fastconfig.moments import Group, Ledger, Moments, Piece, Recorded, StepRule
-from fastconfig.momentum import take_step
+from fastconfig.optim.momentum import take_step
 from fastconfig.validation import REAL_OF_COMPLEX, check_rows
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.api import combine, gramian
-from fastconfig.combination import Combination
+from fastconfig.gradients.combination import Combination
 from fastconfig.methods import ConFIG
 
 __all__ = [

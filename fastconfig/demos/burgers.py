@@ -12,8 +12,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fastconfig.buffer import GradientBuffer
 from fastconfig.demos.burgers_problem import LOSS_NAMES, BurgersNetwork, ExactGrid, Problem
+from fastconfig.gradients.buffer import GradientBuffer
 from fastconfig.methods.catalogue import CATALOGUE
 from fastconfig.optim import MConFIG
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from fastconfig.buffer import GradientBuffer
+from fastconfig.gradients.buffer import GradientBuffer
 from fastconfig.methods import Method, StreamingMethod
 
 STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))

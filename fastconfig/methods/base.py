@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import Backend
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NONFINITE_NAMES, GramianRule, NonFinite
 from fastconfig.ops import backend_for, is_traced
-from fastconfig.rows import Rows
 
 
 @runtime_checkable

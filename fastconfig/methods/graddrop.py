@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastconfig.backends import Backend
-from fastconfig.rows import Rows
+from fastconfig.backends.rows import Rows
 
 _SEEDS = 2**63
 

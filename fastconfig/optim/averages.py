@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastconfig import backends, landing, parameters
+from fastconfig import backends
+from fastconfig.backends.moments import Moments, Piece, Recorded
 from fastconfig.backends.momentum import Segment, segment_on
-from fastconfig.landing import GradientRows
-from fastconfig.memory import aligned_rows
-from fastconfig.moments import Moments, Piece, Recorded
+from fastconfig.gradients import landing, parameters
+from fastconfig.gradients.landing import GradientRows
+from fastconfig.gradients.memory import aligned_rows
 
 State = MutableMapping[Tensor, Any]
 

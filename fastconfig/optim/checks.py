@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastconfig.gradients.parameters import is_dense
 from fastconfig.methods import ConFIG, GramianMethod, Method, check_weights_of
-from fastconfig.parameters import is_dense
 
 
 def check_count(name: str, value: int) -> None:

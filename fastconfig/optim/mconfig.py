@@ -12,20 +12,21 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.optim.optimizer import Optimizer
 
-from fastconfig import backends, landing, step_hook
+from fastconfig import backends
+from fastconfig.backends.moments import Group, Ledger, StepRule
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
-from fastconfig.combination import Combination
-from fastconfig.landing import Recording
-from fastconfig.losses import Losses
+from fastconfig.gradients import landing, step_hook
+from fastconfig.gradients.combination import Combination
+from fastconfig.gradients.landing import Recording
+from fastconfig.gradients.losses import Losses
+from fastconfig.gradients.parameters import Source, Watch, check_in_memory, trained
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful, method_of
-from fastconfig.moments import Group, Ledger, StepRule
-from fastconfig.momentum import combination_of, take_step
 from fastconfig.optim.averages import Averages
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
+from fastconfig.optim.momentum import combination_of, take_step
 from fastconfig.optim.selection import LossSelector, Selection
 from fastconfig.optim.state import copy_state, packed_state
-from fastconfig.parameters import Source, Watch, check_in_memory, trained
-from fastconfig.rows import Rows
 
 Parameters = Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

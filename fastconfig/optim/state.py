@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastconfig.moments import Ledger
+from fastconfig.backends.moments import Ledger
 
 OPTIONS = {"lr", "betas", "eps", "weight_decay", "maximize"}
 """Of a parameter group; schedulers put more there."""

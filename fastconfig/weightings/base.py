@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastconfig.losses import Losses
+from fastconfig.gradients.losses import Losses
 
 
 class Weighting(nn.Module):

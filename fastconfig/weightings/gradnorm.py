@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastconfig.parameters import trained
+from fastconfig.gradients.parameters import trained
 from fastconfig.validation import check_number
 from fastconfig.weightings.adam import Moments, adam
 from fastconfig.weightings.base import Weighting, all_finite, ratio

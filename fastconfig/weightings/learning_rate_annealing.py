@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastconfig.parameters import trained
+from fastconfig.gradients.parameters import trained
 from fastconfig.validation import check_number
 from fastconfig.weightings.base import Weighting
 from fastconfig.weightings.gradients import gradient_sizes

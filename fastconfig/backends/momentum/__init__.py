@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastconfig import backends
+from fastconfig.backends.moments import Decision, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.momentum import cpu, reference, triton
 from fastconfig.backends.rules import ConFIGRule
-from fastconfig.moments import Decision, Ledger, Moments, Piece, Recorded, StepRule
 
 __all__ = ["Segment", "segment_on"]
 

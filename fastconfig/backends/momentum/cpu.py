@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import cpu
+from fastconfig.backends.moments import Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.rules import ConFIGRule, NonFiniteError
-from fastconfig.moments import Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 
 if cpu.available() is None:
     from fastconfig import _core

@@ -26,9 +26,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastconfig.backends.moments import HEAD, Decision, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.reference import CHUNK_ELEMENTS, config_weights
 from fastconfig.backends.rules import ConFIGRule, NonFiniteError
-from fastconfig.moments import HEAD, Decision, Ledger, Moments, Piece, Recorded, StepRule
 
 
 class Segment:

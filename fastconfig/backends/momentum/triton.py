@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastconfig.backends import triton as gpu
 from fastconfig.backends.launching import Kernel, arguments_of, launch
+from fastconfig.backends.moments import Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 from fastconfig.backends.momentum import reference
 from fastconfig.backends.rules import ConFIGRule
-from fastconfig.moments import Decision, Group, Ledger, Moments, Piece, Recorded, StepRule
 
 if not gpu.IMPORT_ERROR:
     from fastconfig.kernels import geometry, launched_momentum, launched_tables

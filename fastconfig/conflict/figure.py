@@ -15,7 +15,7 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from fastconfig.history import ConflictHistory, Floats
+from fastconfig.conflict.history import ConflictHistory, Floats
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

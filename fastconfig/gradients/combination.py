@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import Backend
-from fastconfig.losses import Losses
+from fastconfig.backends.rows import Rows
+from fastconfig.gradients.losses import Losses
 from fastconfig.methods import ConFIG, GramianMethod, Method, StreamingMethod, check_weights_of, is_streaming
 from fastconfig.ops import backend_for, is_traced
-from fastconfig.rows import Rows
 from fastconfig.validation import check_method_weights
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastconfig.buffer import GradientBuffer
-from fastconfig.combination import Combination
-from fastconfig.history import ConflictHistory, names_in, write_header
+from fastconfig.conflict.history import ConflictHistory, names_in, write_header
+from fastconfig.gradients.buffer import GradientBuffer
+from fastconfig.gradients.combination import Combination
 
 if TYPE_CHECKING:
     import pandas
@@ -290,7 +290,7 @@ class ConflictMonitor:
             raise RuntimeError("plot found nothing to draw: nothing was recorded yet; call step() after combine first")
         if importlib.util.find_spec("matplotlib") is None:
             raise ModuleNotFoundError("plot needs matplotlib, which is not installed; pip install matplotlib")
-        from fastconfig.conflict_figure import save_figure  # here, not above: it draws in the optional package
+        from fastconfig.conflict.figure import save_figure  # here, not above: it draws in the optional package
 
         save_figure(history, Path(path))
 

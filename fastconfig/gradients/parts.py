@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from fastconfig.landing import Segment
-from fastconfig.parameters import columns_of
-from fastconfig.rows import Rows
+from fastconfig.backends.rows import Rows
+from fastconfig.gradients.landing import Segment
+from fastconfig.gradients.parameters import columns_of
 
 By = Literal["module", "parameter"] | Callable[[str], str]
 """What makes the parts of a model: the module that owns a parameter, the parameter, or a function of its name."""

@@ -13,19 +13,19 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from fastconfig import landing, step_hook
+from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
-from fastconfig.combination import Combination, combine_segments
-from fastconfig.forgotten import Reminder, frames_to_scaler, words_for
-from fastconfig.heads import OutsideParameters
-from fastconfig.landing import GradientRows, Recording, Shown
-from fastconfig.losses import Loss, Losses
-from fastconfig.memory import aligned_rows
+from fastconfig.gradients import landing, step_hook
+from fastconfig.gradients.combination import Combination, combine_segments
+from fastconfig.gradients.forgotten import Reminder, frames_to_scaler, words_for
+from fastconfig.gradients.heads import OutsideParameters
+from fastconfig.gradients.landing import GradientRows, Recording, Shown
+from fastconfig.gradients.losses import Loss, Losses
+from fastconfig.gradients.memory import aligned_rows
+from fastconfig.gradients.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
+from fastconfig.gradients.parts import By, rows_of_parts
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
-from fastconfig.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
-from fastconfig.parts import By, rows_of_parts
-from fastconfig.rows import Rows
 
 Stale = Literal["warn", "error", "use"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastconfig import step_hook
-from fastconfig.landing import GradientRows, Place
+from fastconfig.gradients import step_hook
+from fastconfig.gradients.landing import GradientRows, Place
 
 _MOST_NODES = 100_000
 """Of an autograd graph that are looked at, 60 ms: this is a help, not a guarantee."""

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastconfig import backends
+from fastconfig.backends.moments import Decision, Ledger, Recorded, StepRule
 from fastconfig.backends.momentum import Segment
 from fastconfig.backends.momentum.reference import decide, raise_if_nonfinite
-from fastconfig.combination import Combination, weights_of
-from fastconfig.losses import Losses
+from fastconfig.backends.rows import Rows
+from fastconfig.gradients.combination import Combination, weights_of
+from fastconfig.gradients.losses import Losses
 from fastconfig.methods import ConFIG, GramianMethod, Method
-from fastconfig.moments import Decision, Ledger, Recorded, StepRule
-from fastconfig.rows import Rows
 from fastconfig.validation import check_method_weights
 
 

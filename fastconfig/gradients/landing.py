@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from fastconfig.memory import aligned_rows
-from fastconfig.parameters import Made, columns_of, gradient_dtype, shaped_like
-from fastconfig.rows import Rows
-from fastconfig.sweep import Copies, Sweep
+from fastconfig.backends.rows import Rows
+from fastconfig.gradients.memory import aligned_rows
+from fastconfig.gradients.parameters import Made, columns_of, gradient_dtype, shaped_like
+from fastconfig.gradients.sweep import Copies, Sweep
 from fastconfig.validation import REAL_OF_COMPLEX
 
 HOOKED_BYTES = 1 << 18

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastconfig.api import gramian
-from fastconfig.combination import weights_of
+from fastconfig.gradients.combination import weights_of
 from fastconfig.methods import DEFAULT_METHOD, Method, Stateful, check_weights_of
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_method_weights, check_rows
@@ -76,7 +76,7 @@ def _classes() -> tuple[Callable[[Method], Weighting[Tensor]], Callable[[Method]
     try:
         from torchjd.aggregation import GramianWeightedAggregator, Weighting
     except ImportError as error:
-        raise ImportError("fastconfig.torchjd needs torchjd: pip install torchjd") from error
+        raise ImportError("fc.torchjd needs torchjd: pip install torchjd") from error
 
     class MethodWeighting(Weighting[Tensor]):
         """A method of fastconfig on torchjd's Gramians."""

@@ -1,0 +1,1 @@
+"""Where gradients lie and become one: from a backward pass to the combined gradient that an optimizer finds."""
