@@ -145,6 +145,6 @@ def way_of_landing(request, monkeypatch):
     """Gradients go home in a hook, as large ones do, or when the block ends; then by the core or without it."""
     monkeypatch.setattr(landing, "HOOKED_BYTES", 0 if request.param == "hooked" else 1 << 60)
     if request.param == "collected in Python":
-        monkeypatch.setattr(landing, "Sweep", sweep.PlainSweep)
+        monkeypatch.setattr(sweep, "Sweep", sweep.PlainSweep)
         monkeypatch.setattr(landing, "Copies", sweep.PlainCopies)
     return request.param

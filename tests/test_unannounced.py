@@ -186,7 +186,7 @@ def train_on_a_rank(rank: int, folder: str, hooked_bytes: int) -> None:
     torch.manual_seed(0)
     model, x = Heads(), torch.randn(2, 5, 3)
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
-    buf = fc.GradientBuffer(model, 2)
+    buf = fc.GradientBuffer(parallel, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(3):
         optimizer.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -16,16 +16,22 @@ from torch.optim import Optimizer
 from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
+from fastconfig.gradients.across import Together
 from fastconfig.gradients.combination import Combination, combine_segments
 from fastconfig.gradients.forgotten import Reminder, frames_to_scaler, words_for
 from fastconfig.gradients.heads import OutsideParameters
 from fastconfig.gradients.landing import GradientRows, Recording, Shown
+from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Loss, Losses
 from fastconfig.gradients.memory import aligned_rows
 from fastconfig.gradients.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
 from fastconfig.gradients.parts import By, rows_of_parts
+from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Stale = Literal["warn", "error", "use"]
 
@@ -73,8 +79,21 @@ class GradientBuffer:
             Only a module or pairs give them the names that ``gramian(by=...)`` asks for, and only of a module is it
             noticed that a layer was replaced or added.
         num_losses: m, the number of losses; or m names of theirs, for ``record`` and for errors, tables and pictures.
+        sync: ``"auto"``: where torch.distributed runs several processes, the parameters tell how their gradients meet:
+            DTensors (``fully_shard``, tensor parallel) by themselves, a module within ``DistributedDataParallel`` by
+            that, others as ``group`` says, and it is an error if nothing does. None: this process trains for itself, or
+            its user brings rows together.
+        group: the process group of all ranks that hold a part of the model, where that does not follow from the
+            parameters: pipeline stages, experts. Plain parameters of one name are then copies, whose gradients are
+            equal on the ranks that have them.
+        local: modules or parameters that are this rank's alone, though other ranks have some of the same name.
+
+    On several ranks ``combine`` and ``gramian`` are calls of all of them, as the constructor is. What travels is m×m: K
+    is the sum over ranks of the Gramians of the columns that each owns, rank 0 asks the method, and all get the same
+    weights, to the bit. See docs/distributed.md.
 
     Raises:
+        RuntimeError: several processes, plain parameters, and nothing that says how their gradients meet.
         TypeError: a parameter that is not a dense floating-point or complex tensor; pairs and tensors mixed; num_losses
             neither an int nor a list of names.
         ValueError: no parameter that needs a gradient; a non-leaf or uninitialised tensor or one on the meta device;
@@ -104,11 +123,21 @@ class GradientBuffer:
         True
     """
 
-    def __init__(self, parameters: Parameters, num_losses: int | Sequence[str]) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        num_losses: int | Sequence[str],
+        *,
+        sync: Sync = "auto",
+        group: ProcessGroup | None = None,
+        local: Sequence[Module | Tensor] = (),
+    ) -> None:
         self._losses = Losses(num_losses)
         self._num_losses = len(self._losses)
         self._calls = [f"record({self._losses.argument(i)})" for i in range(self._num_losses)]
         self._source = Source(parameters)
+        self._sync, self._group, self._local = sync, group, tuple(local)
+        self._wrappers = Wrappers(self._source.module)
         self._methods: dict[str, Method | StreamingMethod] = {}
         self._reminder = Reminder()
         self._is_scaled = self._awaits_step = self._accumulates = self._was_stepped = False  # see before_step
@@ -243,6 +272,8 @@ class GradientBuffer:
         last_tensor = self._losses.check(given, may_all_be_absent=bool(accumulate))
         rows = self._rows
         rows.check_not_recording("backward")
+        self._wrappers.check_open("backward")
+        self._wrappers.check_tensors(sum(isinstance(loss, Tensor) for loss in given))
         adds = [False] * self._num_losses
         if _NEW in self._states:
             for i in range(self._num_losses):
@@ -250,8 +281,12 @@ class GradientBuffer:
         else:
             self._begin_step(accumulate, [loss for loss in given if isinstance(loss, Tensor)])
         rows.begin("backward")
+        last = max((i for i, loss in enumerate(given) if loss is not None), default=-1)
         try:
+            self._wrappers.hold()
             for i, loss in enumerate(given):
+                if i == last:
+                    self._wrappers.release()
                 if loss is None:
                     if not adds[i]:
                         rows.forget(i)
@@ -266,10 +301,13 @@ class GradientBuffer:
                     self._outside.see(value, rows)
                     _backward(value, retain_graph=False)
                 rows.close(i, adds[i])
+                self._wrappers.check_close(self._calls[i], any(rows.reached[i]))
                 self._states[i], self._absent[i] = _NEW, False
-        except BaseException:
+        except BaseException as failed:
+            self._wrappers.release()
             rows.end(complete=False)
             self.zero()
+            self._tell_failure(failed)
             raise
         rows.end(complete=True)
         self._outside.after()
@@ -305,6 +343,39 @@ class GradientBuffer:
                 that did not then (``refresh`` takes it in).
             ValueError, TypeError, FloatingPointError: as ``fc.combine``; nothing has been written.
         """
+        try:
+            rule = self._checked_for_combining(method, stale)
+        except Exception as error:
+            if self._together is not None:
+                self._together.fail(error)
+            raise
+        home = self.segments[0].device
+        gramian, weights = self._fresh_record()
+        scale = None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64, device=home))
+        reached, absent = self._reached(), [i for i, is_absent in enumerate(self._absent) if is_absent]
+        try:
+            if self._together is None:
+                combine_segments(
+                    [(segment.description, segment.grad) for segment in self.segments], rule, gramian, weights, scale
+                )
+            else:
+                reached, absent = self._combine_across(self._together, rule, gramian, weights, scale)
+        except NonFiniteError as error:
+            raise self._losses.with_name(error) from None
+        if scaler is not None:
+            self._leave_overflow_to_be_found(gramian, reached)
+        self._hang_grad(reached)
+        rtol = (rule if isinstance(rule, ConFIG) else DEFAULT_METHOD).rule.rtol
+        self.combination = Combination(gramian, weights, rtol, self._losses, absent)
+        self._states = [_USED if state == _NEW else state for state in self._states]
+        self._is_scaled = scaler is not None
+        self._awaits_step = not self._is_scaled  # a scaler leaves steps out
+        return self.combination
+
+    def _checked_for_combining(
+        self, method: Method | StreamingMethod | str | None, stale: Stale
+    ) -> Method | StreamingMethod:
+        """The method, where there is nothing that forbids to combine."""
         rows = self._rows
         rows.check_not_recording("combine")
         rows.check_parameters()
@@ -312,30 +383,31 @@ class GradientBuffer:
             self._watch.check("combine")
         if stale not in ("warn", "error", "use"):
             raise ValueError(f"stale must be 'warn', 'error' or 'use', got {stale!r}")
-        reached = self._reached()
-        if True not in reached:
+        if self._together is None and True not in self._reached():
             raise RuntimeError(self._why_nothing())
         rule = self._method_of(method)
         if stale != "use" and _NEW in self._states and _USED in self._states:
             self._tell_stale(rule, stale)
-        home = self.segments[0].device
-        gramian, weights = self._fresh_record()
-        scale = None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64, device=home))
-        segments = [(segment.description, segment.grad) for segment in self.segments]
+        return rule
+
+    def _combine_across(
+        self,
+        together: Together,
+        rule: Method | StreamingMethod,
+        gramian: Tensor,
+        weights: Tensor,
+        scale: Tensor | None,
+    ) -> tuple[tuple[bool, ...], list[int]]:
+        """Combine with other ranks: which parameters here are reached on any, which losses are absent on all."""
         try:
-            combine_segments(segments, rule, gramian, weights, scale)
-        except NonFiniteError as error:
-            raise self._losses.with_name(error) from None
-        if scaler is not None:
-            self._leave_overflow_to_be_found(gramian, reached)
-        self._hang_grad(reached)
-        rtol = (rule if isinstance(rule, ConFIG) else DEFAULT_METHOD).rule.rtol
-        absent = [i for i, is_absent in enumerate(self._absent) if is_absent]
-        self.combination = Combination(gramian, weights, rtol, self._losses, absent)
-        self._states = [_USED if state == _NEW else state for state in self._states]
-        self._is_scaled = scaler is not None
-        self._awaits_step = not self._is_scaled  # a scaler leaves steps out
-        return self.combination
+            reached, absent = together.sum_up(gramian, self._reached(), self._absent)
+        except Exception:
+            self.zero()  # rows of a step that another rank could not finish
+            raise
+        if together.is_nothing_reached:
+            raise RuntimeError(self._why_nothing())
+        together.combine(rule, gramian, weights, scale)
+        return reached, absent
 
     @overload
     def gramian(self, by: None = None) -> Tensor: ...
@@ -365,7 +437,11 @@ class GradientBuffer:
         """
         self._rows.check_not_recording("gramian")
         if by is None:
+            if self._together is not None:
+                return self._together.gramian()
             return self._sum_of_gramians([segment.description for segment in self.segments])
+        if self._together is not None:
+            raise ValueError("gramian(by=...) is of a single process as yet; on several ranks ask for the whole")
         parts = rows_of_parts(self.segments, self._places, by)
         return {part: self._sum_of_gramians(rows) for part, rows in parts.items()}
 
@@ -410,11 +486,20 @@ class GradientBuffer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientBuffer:
         """A buffer over the copied parameters, with the same rows."""
+        self._check_copied()
         return _rebuilt(*copy.deepcopy(self._parts(), memo))
 
     def __reduce__(self) -> tuple[Callable[..., GradientBuffer], tuple[object, ...]]:
         """As deepcopy: pickled together with its model, it comes back over that model's parameters."""
+        self._check_copied()
         return _rebuilt, self._parts()
+
+    def _check_copied(self) -> None:
+        if self._together is not None:
+            raise TypeError(
+                "a GradientBuffer of several ranks cannot be copied or pickled: every rank takes part in making one; "
+                "make a new one over the copied model"
+            )
 
     def _parts(self) -> tuple[Parameters, Module | None, int | list[str], dict[str, Any]]:
         """What a copy is made of. A module that holds the buffer is not whole yet while that is copied."""
@@ -439,19 +524,24 @@ class GradientBuffer:
         trained(tensors)  # checks them
         check_in_memory(tensors)
         wanted = list({id(p): p for p in tensors if p.requires_grad or id(p) in staying}.values())
-        self._rows = GradientRows(
-            [Segment(group, self._num_losses) for group in by_kind(wanted)],
-            self._num_losses,
-            "GradientBuffer",
-            vectors=self._num_losses + 1,
-        )
+        ranks = ranks_of(self._source.module, wanted, self._sync, self._group, "GradientBuffer")
+        layout = None if ranks is None else Layout(wanted, names, ranks, identities_of(self._local))
+        segments = [
+            Segment(kind if layout is None else layout.ordered(kind), self._num_losses) for kind in by_kind(wanted)
+        ]
+        self._rows = GradientRows(segments, self._num_losses, "GradientBuffer", vectors=self._num_losses + 1)
+        self._together: Together | None = None
+        if ranks is not None and layout is not None:
+            self._together = Together(ranks, layout, segments, self._num_losses)
         self._source.read_again()
         self._watch = Watch(self._source, wanted, "GradientBuffer")
         places = {id(parameter): i for i, parameter in enumerate(self._rows.parameters)}
         self._places = None if names is None else {names[id(p)]: places[id(p)] for p in wanted}  # in the order given
         self._reached_of: tuple[list[tuple[bool, ...]], tuple[bool, ...]] | None = None
         self._records: list[tuple[Tensor, Tensor]] = []
-        self._shown = Shown([view for segment in self.segments for view in segment.views(segment.grad)])
+        self._shown = Shown(
+            [view for segment in self.segments for view in segment.views(segment.grad)], self._rows.parameters
+        )
 
     def _adds(self, row: int, accumulate: bool | None, call: str, frames: int = 3) -> bool:
         """Whether what is recorded next is to be added to the row."""
@@ -463,6 +553,7 @@ class GradientBuffer:
 
     def _prepared(self, row: int, accumulate: bool | None) -> tuple[int, str, bool]:
         """A block of ``record`` is entered."""
+        self._wrappers.check_open(self._calls[row])
         if _NEW not in self._states:
             self._begin_step(accumulate, (), frames=4)
         return row, self._calls[row], self._adds(row, accumulate, self._calls[row], frames=4)
@@ -476,10 +567,26 @@ class GradientBuffer:
         if not self._outside.is_done:
             self._outside.before(losses, self._rows, frames)
 
-    def _recorded(self, row: int, adds: bool, complete: bool) -> None:
+    def _recorded(self, row: int, adds: bool, failed: BaseException | None) -> None:
         """A block of ``record`` has ended."""
         del adds
-        self._states[row], self._absent[row] = (_NEW if complete else _EMPTY), False
+        unreduced: RuntimeError | None = None
+        if failed is None:
+            try:
+                self._wrappers.check_close(self._calls[row], any(self._rows.reached[row]))
+            except RuntimeError as error:
+                failed = unreduced = error
+                self._rows.forget(row)
+        self._states[row], self._absent[row] = (_NEW if failed is None else _EMPTY), False
+        self._tell_failure(failed)
+        if unreduced is not None:
+            raise unreduced
+
+    def _tell_failure(self, failed: BaseException | None) -> None:
+        """Tell the other ranks, who are on their way to ``combine``, that this one's step is over; raises it."""
+        if self._together is not None and isinstance(failed, Exception):
+            self.zero()
+            self._together.fail(failed)
 
     def _why_nothing(self) -> str:
         if all(self._absent):

@@ -17,9 +17,10 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from fastconfig.backends.rows import Rows
+from fastconfig.gradients.local import is_sharded, like_parameter, local_gradient
 from fastconfig.gradients.memory import aligned_rows
 from fastconfig.gradients.parameters import Made, columns_of, gradient_dtype, shaped_like
-from fastconfig.gradients.sweep import Copies, Sweep
+from fastconfig.gradients.sweep import Copies, Sweep, address_of, sweep_over
 from fastconfig.validation import REAL_OF_COMPLEX
 
 HOOKED_BYTES = 1 << 18
@@ -87,29 +88,33 @@ class Shown:
     An alias serves again and again as long as it lies where its view does; making one takes as long as ten questions.
     """
 
-    def __init__(self, views: Sequence[Tensor]) -> None:
+    def __init__(self, views: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         self.views = views
-        self._aliases = [view.detach() for view in views]
+        self._parameters = parameters
+        self._aliases = list(map(self._alias, range(len(views))))
         self._addresses = [view.data_ptr() for view in views]
 
     def __getitem__(self, index: int) -> Tensor:
         alias = self._aliases[index]
-        if alias.data_ptr() != self._addresses[index] or alias.requires_grad:
-            alias = self._aliases[index] = self.views[index].detach()
+        if address_of(alias) != self._addresses[index] or alias.requires_grad:
+            alias = self._aliases[index] = self._alias(index)
         return alias
+
+    def _alias(self, index: int) -> Tensor:
+        return like_parameter(self.views[index].detach(), self._parameters[index])
 
     def is_grad_of(self, parameters: Sequence[Tensor], flags: tuple[bool, ...]) -> bool:
         """Whether ``p.grad`` of the first flagged parameter that has elements lies where its view does."""
         for parameter, address, flag in zip(parameters, self._addresses, flags, strict=True):
             if flag and address:
-                return parameter.grad is not None and parameter.grad.data_ptr() == address
+                return parameter.grad is not None and address_of(parameter.grad) == address
         return False
 
     def show(self, sweep: Sweep, flags: tuple[bool, ...], hides: bool) -> None:
         """Make ``p.grad`` of the flagged parameters their views, and, where it ``hides``, that of the others None."""
         begin = 0
         while (begin := sweep.show(self._aliases, self._addresses, flags, hides, begin)) >= 0:
-            self._aliases[begin] = self.views[begin].detach()
+            self._aliases[begin] = self._alias(begin)
 
 
 class _Plan(NamedTuple):
@@ -141,7 +146,10 @@ class _Row:
         self._row = row
         self._plain = plain
         self._plans: dict[tuple[bool, ...], _Plan] = {}
-        self.shown = Shown([view for segment in segments for view in segment.views(segment.rows[row])])
+        self.shown = Shown(
+            [view for segment in segments for view in segment.views(segment.rows[row])],
+            [parameter for segment in segments for parameter in segment.parameters],
+        )
 
     def plan_for(self, flags: tuple[bool, ...]) -> _Plan:
         """What to do where the parameters with a true flag have a gradient."""
@@ -236,8 +244,8 @@ class GradientRows(Generic[Place]):
         self.recording: str | None = None
         self._owner = owner
         self._vectors = vectors
-        self._sweep = Sweep(self.parameters)
-        self._made_for = tuple(Made.of(parameter, parameter.data_ptr()) for parameter in self.parameters)
+        self._sweep = sweep_over(self.parameters)
+        self._made_for = tuple(Made.of(parameter, address_of(parameter)) for parameter in self.parameters)
         kinds = [segment.dtype for segment in segments for _ in segment.parameters]
         self._shows = tuple(
             REAL_OF_COMPLEX.get(gradient_dtype(p), gradient_dtype(p)) == kind
@@ -246,11 +254,11 @@ class GradientRows(Generic[Place]):
         self._all_show = all(self._shows)
         # A parameter that is frozen, as one may be after refresh(), takes no hook, and needs none.
         self._hooked = [
-            shows and p.requires_grad and p.numel() * p.element_size() >= HOOKED_BYTES
+            shows and p.requires_grad and not is_sharded(p) and p.numel() * p.element_size() >= HOOKED_BYTES
             for p, shows in zip(self.parameters, self._shows, strict=True)
         ]
         self._plain = [
-            shows and not hooked and p.device.type == "cpu" and p.is_contiguous()
+            shows and not hooked and not is_sharded(p) and p.device.type == "cpu" and p.is_contiguous()
             for p, shows, hooked in zip(self.parameters, self._shows, self._hooked, strict=True)
         ]
         self._rows: list[_Row | None] = [None] * count
@@ -374,7 +382,7 @@ class GradientRows(Generic[Place]):
         if not compiling and self._sweep.is_unchanged():
             return
         for i, (parameter, made_for) in enumerate(zip(self.parameters, self._made_for, strict=True)):
-            now = Made.of(parameter, made_for.address if compiling else parameter.data_ptr())
+            now = Made.of(parameter, made_for.address if compiling else address_of(parameter))
             if now != made_for:
                 raise RuntimeError(
                     f"parameter {i} of the {self._owner}, shape {tuple(made_for.shape)}, had its storage replaced "
@@ -401,6 +409,8 @@ class GradientRows(Generic[Place]):
             grad, view = grads[i], views[i]
             if grad is None:
                 continue
+            if is_sharded(grad):
+                grad = local_gradient(grad, self.parameters[i])
             if grad.layout is not torch.strided:
                 grad = self._densified(grad, i)
             elif not adds and grad.data_ptr() == view.data_ptr() and grad.stride() == view.stride():
@@ -431,7 +441,7 @@ class Recording:
         rows: whose.
         prepare: called when the block is entered: which row, the user's call, for errors, and whether to add to the row
             instead of beginning it anew.
-        done: called with the row, whether it was added to, and whether the block ended well, not by raising.
+        done: called with the row, whether it was added to, and what the block raised, if it did not end well.
         shown: leave ``p.grad`` of the parameters that were reached as a view of the row, not what it was before.
     """
 
@@ -441,7 +451,7 @@ class Recording:
         self,
         rows: GradientRows[Place],
         prepare: Callable[[], tuple[int, str, bool]],
-        done: Callable[[int, bool, bool], None],
+        done: Callable[[int, bool, BaseException | None], None],
         shown: bool,
     ) -> None:
         self._rows = rows
@@ -463,16 +473,19 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        complete = False
+        failed = error
         try:
-            if kind is None:
+            if failed is None:
                 self._rows.close(self._row, self._adds)
-                complete = True
+        except BaseException as raised:
+            failed = raised
+            raise
         finally:
+            complete = failed is None
             self._rows.end(complete, self._row if self._shown and complete else None)
             if not complete:
                 self._rows.forget(self._row)
-            self._done(self._row, self._adds, complete)
+            self._done(self._row, self._adds, failed)
 
 
 def _either(some: tuple[bool, ...], others: tuple[bool, ...]) -> tuple[bool, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fastconfig.gradients.local import local_of
 from fastconfig.validation import FLOAT_DTYPES, REAL_OF_COMPLEX
 
 Parameters = Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -257,17 +258,24 @@ def by_kind(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def columns_of(parameter: Tensor) -> int:
-    """How many columns a parameter takes: its elements, two for a complex one."""
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
+    """How many columns a parameter takes on this rank: its elements here, two for a complex one."""
+    return local_of(parameter).numel() * elements_to_columns(parameter)
+
+
+def elements_to_columns(parameter: Tensor) -> int:
+    """How many columns an element takes: a complex number two."""
+    return 2 if parameter.is_complex() else 1
 
 
 def shaped_like(parameter: Tensor, flat: Tensor) -> Tensor:
     """``flat`` (..., columns) with the parameter's shape last, and its strides where they are dense.
 
-    So optimizers take their fast path, and what lies in memory in one order is added up in one order.
+    The shape is that of the part that lies on this rank. So optimizers take their fast path, and what lies in memory in
+    one order is added up in one order.
     """
     if parameter.is_complex():
         flat = torch.view_as_complex(flat.unflatten(-1, (-1, 2)))
+    parameter = local_of(parameter)
     leading = flat.dim() - 1
     return flat.as_strided(
         (*flat.shape[:leading], *parameter.shape), (*flat.stride()[:leading], *_dense_strides(parameter))
@@ -276,13 +284,15 @@ def shaped_like(parameter: Tensor, flat: Tensor) -> Tensor:
 
 def is_dense(parameter: Tensor) -> bool:
     """Whether a parameter's elements fill a run of memory, in any order of its dimensions."""
+    parameter = local_of(parameter)
     strides = zip(parameter.shape, parameter.stride(), _dense_strides(parameter), strict=True)
     return parameter.numel() == 0 or all(size == 1 or ours == dense for size, ours, dense in strides)
 
 
 def memory_of(parameter: Tensor) -> Tensor:
     """The memory of a dense parameter as a (columns,) real vector, in the order of its columns in a segment."""
-    flat = parameter.detach().as_strided((parameter.numel(),), (1,))
+    here = local_of(parameter)
+    flat = here.detach().as_strided((here.numel(),), (1,))
     return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
 
 

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends import cpu
+from fastconfig.gradients.local import is_sharded, local_of
 
-__all__ = ["Copies", "Sweep"]
+__all__ = ["Copies", "Sweep", "sweep_over"]
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where it lies, or, of a DTensor, which has no address, this rank's part."""
+    return local_of(tensor).data_ptr()
 
 
 class PlainSweep:
@@ -25,11 +31,11 @@ class PlainSweep:
         self._made = self._now()
 
     def _now(self) -> list[tuple[int, torch.dtype, torch.Size]]:
-        return [(parameter.data_ptr(), parameter.dtype, parameter.shape) for parameter in self._parameters]
+        return [(address_of(parameter), parameter.dtype, parameter.shape) for parameter in self._parameters]
 
     def lies_where_it_did(self) -> bool:
         """Whether every parameter's memory is where it was when this was made: the quicker question."""
-        return [parameter.data_ptr() for parameter in self._parameters] == [made[0] for made in self._made]
+        return [address_of(parameter) for parameter in self._parameters] == [made[0] for made in self._made]
 
     def is_unchanged(self) -> bool:
         """Whether every parameter's memory, dtype and shape are what they were when this was made."""
@@ -68,7 +74,7 @@ class PlainSweep:
                 if hides:
                     self._parameters[i].grad = None
                 continue
-            if aliases[i].data_ptr() != addresses[i] or aliases[i].requires_grad:
+            if address_of(aliases[i]) != addresses[i] or aliases[i].requires_grad:
                 return i
             self._parameters[i].grad = aliases[i]
         return -1
@@ -98,3 +104,8 @@ if TYPE_CHECKING or cpu.available() is not None:
     Copies = PlainCopies
 else:
     from fastconfig._core import Copies, Sweep
+
+
+def sweep_over(parameters: tuple[Tensor, ...]) -> Sweep:
+    """The core's where it can be: it asks tensors for their addresses, and a DTensor has none."""
+    return PlainSweep(parameters) if any(map(is_sharded, parameters)) else Sweep(parameters)

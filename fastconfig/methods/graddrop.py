@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -58,8 +59,13 @@ class GradDrop:
         self._leak = None if numbers is None else torch.tensor(numbers, dtype=torch.float64)
         self._seed = torch.randint(_SEEDS - 1, (1,), generator=generator)
 
-    def combine_rows(self, parts: Sequence[tuple[Backend, Rows, Tensor]]) -> None:
-        """Combine the columns of all parts, numbered in order, and go on to the next seed.
+    def combine_rows(self, parts: Sequence[tuple[Backend, Rows, Tensor]], columns: Sequence[int] | None = None) -> None:
+        """Combine the columns of all parts, and go on to the next seed.
+
+        Args:
+            parts: as of every ``StreamingMethod``.
+            columns: the number of each part's first column in the whole model, on which its draws depend; None where
+                the parts are the whole model, in order.
 
         Raises:
             ValueError: leaks for another number of losses.
@@ -72,12 +78,17 @@ class GradDrop:
             )
         rows = parts[0][1]
         self._bring_to(rows.device, rows.m)
-        column = 0
-        for backend, rows, out in parts:
+        if columns is None:
+            columns = list(accumulate((rows.n for _, rows, _ in parts[:-1]), initial=0))
+        for (backend, rows, out), column in zip(parts, columns, strict=True):
             leak = None if self._leak is None else self._leak.to(rows.device)
             backend.graddrop(rows, leak, self._seed.to(rows.device), column, out)
-            column += rows.n
         self._seed += 1
+
+    def seed_on(self, device: torch.device) -> Tensor:
+        """(1,) int64: the seed of the next combination, kept on a device, for ranks to have one."""
+        self._seed = self._seed.to(device)
+        return self._seed
 
     def state_dict(self) -> dict[str, int]:
         """The seed of the next combination. Reading it waits for the device."""

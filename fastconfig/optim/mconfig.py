@@ -363,9 +363,9 @@ class MConFIG(Optimizer):
         if not rows.lie_where_they_did():  # shape and dtype were looked at by record
             rows.check_parameters()  # which says what is wrong
 
-    def _after_record(self, loss: int, slot: int, adds: bool, complete: bool) -> None:
+    def _after_record(self, loss: int, slot: int, adds: bool, failed: BaseException | None) -> None:
         """A block of ``record`` has ended."""
-        if not complete:
+        if failed is not None:
             if adds:
                 self._forget()
             return

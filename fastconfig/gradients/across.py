@@ -1,0 +1,309 @@
+"""The combination on several ranks: K summed over the columns that each owns, decided once, applied to what each holds.
+
+What travels is m×m: K, with a flag a parameter and one a rank, in one sum, then K and c in one broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastconfig.backends import Backend
+from fastconfig.backends.rows import Rows
+from fastconfig.backends.rules import NonFiniteError
+from fastconfig.gradients.combination import weights_of
+from fastconfig.gradients.layout import Layout, Region
+from fastconfig.gradients.ranks import Ranks
+from fastconfig.methods import (
+    ConFIG,
+    GradDrop,
+    GramianMethod,
+    Method,
+    StreamingMethod,
+    check_weights_of,
+    is_streaming,
+)
+from fastconfig.ops import backend_for
+from fastconfig.validation import check_method_weights
+
+_UNEQUAL = 1e-3
+"""By which share of the largest the norms of copies may differ: replicas are computed apart, and round apart."""
+
+_RAISED = -1.0
+"""The status of a method that raised; a row's number plus 1 says that this row is not finite."""
+
+
+class Held(NamedTuple):
+    """Columns of one dtype on one device that a rank holds."""
+
+    rows: Rows
+    out: Tensor
+    """(n_held,), for the combined gradient."""
+    regions: Sequence[Region]
+    numbers: Sequence[tuple[int, int, int]]
+    """Runs of (first column here, number of the first in the whole model, how many), in order."""
+
+
+class Columns(Protocol):
+    """What is asked of a buffer's segment."""
+
+    device: torch.device
+    parameters: tuple[Tensor, ...]
+    description: Rows
+    grad: Tensor
+
+
+def owned(held: Held, ranks: Ranks) -> list[Rows]:
+    """The rows of the columns that this rank owns, where they lie."""
+    shares = (region.share(ranks.rank) for region in held.regions)
+    return [held.rows.columns(first, last) for first, last in shares if first < last]
+
+
+def gramian_of_owned(parts: Sequence[Held], ranks: Ranks, home: torch.device) -> Tensor:
+    """(m, m) float64: of the columns that this rank owns."""
+    m = parts[0].rows.m
+    total = torch.zeros(m, m, dtype=torch.float64, device=home)
+    for held in parts:
+        for rows in owned(held, ranks):
+            total += _backend(rows).gramian(rows).to(home)
+    return total
+
+
+class Tally:
+    """What the ranks tell each other before a combination: K, what was reached and recorded, and which rank has failed.
+
+    One vector, and one sum of it over the ranks, whatever has happened on which.
+
+    Args:
+        num_losses: m.
+        names: how many parameters the whole model has.
+        ranks: those who tell.
+        home: the device.
+
+    Attributes:
+        gramian: (m, m) float64, to be filled with this rank's part.
+    """
+
+    def __init__(self, num_losses: int, names: int, ranks: Ranks, home: torch.device) -> None:
+        self._ranks = ranks
+        sizes = (num_losses**2, names, num_losses, ranks.count)
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.float64, device=home)
+        square, self._reached, self._recorded, self._failed = self._numbers.split(sizes)
+        self.gramian = square.view(num_losses, num_losses)
+
+    def tell(self, reached: Sequence[int], recorded: Sequence[int]) -> None:
+        """Put in this rank's part.
+
+        Args:
+            reached: numbers of the parameters that a loss has reached here.
+            recorded: the losses that are not absent here.
+        """
+        self._reached[list(reached)] = 1.0
+        self._recorded[list(recorded)] = 1.0
+
+    def take_part(self, error: Exception | None) -> tuple[list[bool], list[bool]]:
+        """Sum over the ranks. Waits for the device, so that a rank that has failed ends the step on all.
+
+        Args:
+            error: what has gone wrong here.
+
+        Returns:
+            Of each parameter of the model, whether a loss has reached it on any rank; of each loss, whether any has it.
+
+        Raises:
+            On every rank what one of them has met.
+        """
+        if error is not None:
+            self._failed[self._ranks.rank] = 1.0
+        self._ranks.sum(self._numbers)
+        reached, recorded, failed = (part.gt(0).tolist() for part in (self._reached, self._recorded, self._failed))
+        if any(failed):
+            self._ranks.raise_error_of(failed.index(True), error)
+        return reached, recorded
+
+
+def decide(
+    ranks: Ranks,
+    method: Method,
+    gramian: Tensor,
+    weights: Tensor,
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Have rank 0 find the weights, and give K and c to all, the same bits.
+
+    Raises:
+        What the method raises on rank 0, on every rank: NonFiniteError, and else what ``Ranks`` makes of it.
+    """
+    m = len(weights)
+    packed = torch.zeros(m * m + m + 1, dtype=torch.float64, device=gramian.device)
+    error: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            found = (
+                check_method_weights(weights_of(method, gramian), gramian, method) if weigh is None else weigh(gramian)
+            )
+            packed[: m * m] = gramian.flatten()
+            packed[m * m : -1] = found
+        except NonFiniteError as nonfinite:
+            packed[-1] = nonfinite.row + 1
+        except Exception as raised:  # whatever a user's rule does: the others wait for an answer
+            packed[-1], error = _RAISED, raised
+    ranks.broadcast(packed)
+    if may_raise(method) or gramian.device.type == "cpu":
+        status = float(packed[-1])
+        if status == _RAISED:
+            ranks.raise_error_of(0, error)
+        elif status:
+            raise NonFiniteError(int(status) - 1)
+    gramian.copy_(packed[: m * m].view(m, m))
+    weights.copy_(packed[m * m : -1])
+
+
+def may_raise(method: Method) -> bool:
+    """Whether to ask a method may fail: a user's rule, or one that raises on gradients that are not finite."""
+    if isinstance(method, (ConFIG, GramianMethod)):
+        return method.rule.nonfinite == "raise" or (isinstance(method, ConFIG) and callable(method.rule.length))
+    return True
+
+
+class Together:
+    """The buffers of several ranks over one model, as one of them sees it. Every method is a collective call.
+
+    Args:
+        ranks: those that hold a part of the model.
+        layout: who holds what.
+        segments: this rank's columns, ordered by the layout.
+        num_losses: m.
+
+    Attributes:
+        is_nothing_reached: whether, in the last ``sum_up``, no loss had reached a parameter on any rank.
+    """
+
+    def __init__(self, ranks: Ranks, layout: Layout, segments: Sequence[Columns], num_losses: int) -> None:
+        self.ranks = ranks
+        self._parts = [
+            Held(
+                segment.description,
+                segment.grad,
+                layout.regions(segment.parameters),
+                layout.numbers(segment.parameters),
+            )
+            for segment in segments
+        ]
+        self._numbers = [layout.number(parameter) for segment in segments for parameter in segment.parameters]
+        self._names = len(layout.names)
+        self._num_losses = num_losses
+        self._home = segments[0].device
+        self._are_copies_checked = False
+        self.is_nothing_reached = False
+
+    def fail(self, error: Exception) -> None:
+        """Take part in the combination that the others wait for, by saying what has gone wrong here; it is raised."""
+        Tally(self._num_losses, self._names, self.ranks, self._home).take_part(error)
+
+    def sum_up(
+        self, gramian: Tensor, reached: Sequence[bool], absent: Sequence[bool]
+    ) -> tuple[tuple[bool, ...], list[int]]:
+        """Form K of the whole model.
+
+        Args:
+            gramian: (m, m) float64, overwritten.
+            reached: of each parameter here, whether a loss has reached it here.
+            absent: of each loss, whether it is absent here.
+
+        Returns:
+            ``reached`` on any rank; the losses that are absent on all.
+        """
+        tally = Tally(self._num_losses, self._names, self.ranks, self._home)
+        error: Exception | None = None
+        try:
+            tally.tell(
+                list(compress(self._numbers, reached)), [i for i, is_absent in enumerate(absent) if not is_absent]
+            )
+            tally.gramian.copy_(gramian_of_owned(self._parts, self.ranks, self._home))
+        except Exception as raised:  # out of memory, say: the others wait
+            error = raised
+        anywhere, recorded = tally.take_part(error)
+        self.is_nothing_reached = True not in anywhere
+        if not self._are_copies_checked:
+            check_copies(self.ranks, self._parts)
+            self._are_copies_checked = True
+        gramian.copy_(tally.gramian)
+        return tuple([anywhere[i] for i in self._numbers]), [i for i, has in enumerate(recorded) if not has]
+
+    def combine(self, method: Method | StreamingMethod, gramian: Tensor, weights: Tensor, scale: Tensor | None) -> None:
+        """Combine what each rank holds as one problem.
+
+        Args:
+            method: as in ``combine_segments``; rank 0's is the one that is asked.
+            gramian: (m, m) float64, K as ``sum_up`` formed it; overwritten with rank 0's.
+            weights: (m,) float64, overwritten with c.
+            scale: as in ``combine_segments``.
+        """
+        if scale is not None:
+            gramian /= scale.square()
+        if is_streaming(method):
+            self._combine_rows(method)
+            self.ranks.broadcast(gramian)
+            weights.fill_(torch.nan)
+            return
+        decide(self.ranks, check_weights_of(method), gramian, weights)
+        for held in self._parts:
+            _backend(held.rows).apply(held.rows, weights.to(held.rows.device), held.out)
+
+    def _combine_rows(self, method: StreamingMethod) -> None:
+        if isinstance(method, GradDrop):
+            self.ranks.broadcast(method.seed_on(self._home))
+            runs = [run for held in self._parts for run in _numbered(held)]
+            method.combine_rows([run[:3] for run in runs], [run[3] for run in runs])
+        else:
+            method.combine_rows([(_backend(held.rows), held.rows, held.out) for held in self._parts])
+
+    def gramian(self) -> Tensor:
+        """(m, m) float64: K of the whole model, the same bits on every rank."""
+        total = gramian_of_owned(self._parts, self.ranks, self._home)
+        self.ranks.sum(total)
+        self.ranks.broadcast(total)
+        return total
+
+
+def check_copies(ranks: Ranks, parts: Sequence[Held]) -> None:
+    """Raise RuntimeError on every rank where copies of the same columns hold different gradients.
+
+    Looked at once, by norms: gradients that nobody has reduced, or other parameters of the same name.
+    """
+    squares: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+    for held in parts:
+        for region in held.regions:
+            if len(region.holders) > 1:
+                rows = held.rows.columns(region.first, region.last)
+                key = str(rows.dtype), region.holders
+                here = _backend(rows).gramian(rows).diagonal().cpu()
+                squares[key] = squares[key] + here if key in squares else here
+    told = ranks.gather({key: values.sqrt().tolist() for key, values in squares.items()})
+    for rank, theirs in enumerate(told):
+        for (dtype, holders), norms in theirs.items():
+            wanted = told[holders[0]][dtype, holders]
+            for loss, (norm, same) in enumerate(zip(norms, wanted, strict=True)):
+                if abs(norm - same) > _UNEQUAL * max(wanted):
+                    raise RuntimeError(
+                        f"the gradients of loss {loss} over the same parameters differ between rank {holders[0]} (norm "
+                        f"{same:.4g}) and rank {rank} (norm {norm:.4g}), so nothing has averaged them; wrap the model "
+                        "in DistributedDataParallel, or name parameters that are a rank's own in local="
+                    )
+
+
+def _numbered(held: Held) -> list[tuple[Backend, Rows, Tensor, int]]:
+    backend = _backend(held.rows)
+    return [
+        (backend, held.rows.columns(first, first + count), held.out[first : first + count], number)
+        for first, number, count in held.numbers
+    ]
+
+
+def _backend(rows: Rows) -> Backend:
+    return backend_for(rows.device, None, traced=False)

@@ -1,0 +1,87 @@
+"""A rank's own part of a parameter and of its gradient: of a DTensor what lies here, of any other tensor all of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether it is a DTensor, as FSDP2's and tensor parallel parameters are."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank, in the memory in which it lies: the tensor itself where it is no DTensor."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
+    """What of a parameter's gradient belongs to this rank's part of the parameter.
+
+    A gradient that autograd left as a sum over ranks yet to be made (``Partial``), or laid out in another way, is
+    brought to the parameter's own placements: a collective call, which every rank of its mesh makes in the same order.
+    """
+    if not is_sharded(grad):
+        return grad
+    if is_sharded(parameter) and grad.placements != parameter.placements:
+        grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+    return grad.to_local()
+
+
+def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of the shape of this rank's part as what may stand as ``p.grad``: a DTensor over the same memory."""
+    if not is_sharded(parameter):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def shard_of(parameter: Tensor) -> tuple[object, ...]:
+    """Which part of a parameter lies here: equal on ranks that hold the same one; empty where that is all of it.
+
+    For each axis of its mesh over which it is sharded: how, by how many, and this rank's coordinate.
+    """
+    if not is_sharded(parameter):
+        return ()
+    mesh = parameter.device_mesh
+    coordinates = mesh.get_coordinate() or ()
+    axes = zip(parameter.placements, mesh.shape, coordinates, strict=True)
+    return tuple((str(placement), size, place) for placement, size, place in axes if not placement.is_replicate())
+
+
+def runs_of(parameter: Tensor) -> Iterator[tuple[int, int]]:
+    """Where this rank's elements stand among all of the parameter's, as runs of (first element, how many), in order."""
+    if not is_sharded(parameter):
+        yield 0, parameter.numel()
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if 0 in shape:
+        return
+    whole = parameter.shape
+    strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
+    cut = max((d for d in range(len(whole)) if shape[d] != whole[d]), default=0)
+    outer = (range(offset, offset + size) for offset, size in zip(offsets[:cut], shape[:cut], strict=True))
+    start = offsets[cut] * strides[cut] if whole else 0
+    for index in product(*outer):
+        yield start + sum(i * stride for i, stride in zip(index, strides, strict=False)), math.prod(shape[cut:])

@@ -1,0 +1,79 @@
+"""The processes that train one model together, and the few numbers that travel between them, by torch.distributed."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """The ranks of a process group, as one of them sees it. Every method is a collective call of all of them.
+
+    Args:
+        group: the group; this process is in it.
+
+    Attributes:
+        rank: this process's number in the group.
+        count: W, how many there are.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.count = dist.get_world_size(group)
+
+    def gather(self, value: Value) -> list[Value]:
+        """What each rank told, in their order."""
+        told: list[Any] = [None] * self.count
+        dist.all_gather_object(told, value, group=self.group)
+        return told
+
+    def sum(self, numbers: Tensor) -> None:
+        """Replace numbers by their sums over the ranks."""
+        dist.all_reduce(numbers, group=self.group)
+
+    def broadcast(self, numbers: Tensor, rank: int = 0) -> None:
+        """Replace numbers by those of one rank."""
+        dist.broadcast(numbers, dist.get_global_rank(self.group, rank), group=self.group)
+
+    def tell(self, value: Value, rank: int = 0) -> Value:
+        """What one rank says."""
+        told: list[Any] = [value]
+        dist.broadcast_object_list(told, dist.get_global_rank(self.group, rank), group=self.group)
+        said: Value = told[0]
+        return said
+
+    def raise_error_of(self, rank: int, error: Exception | None) -> None:
+        """Raise on every rank what one rank has met: there the error itself, elsewhere one that names the rank."""
+        known = self.tell(_as_sent(error), rank)
+        if error is not None:
+            raise error
+        message = f"rank {rank} raised {type(known).__name__}: {known}; the step is over on every rank"
+        for kind in (FloatingPointError, ValueError, TypeError):
+            if isinstance(known, kind):
+                raise kind(message) from known
+        raise RuntimeError(message) from known
+
+
+def _as_sent(error: Exception | None) -> Exception | None:
+    """The error, or one that says the same, where it cannot travel."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is taken apart
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def world() -> ProcessGroup | None:
+    """The default group, where torch.distributed is initialised with more than one process."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD

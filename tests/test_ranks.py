@@ -1,0 +1,467 @@
+"""GradientBuffer on several ranks: what each does, and what a single float64 process does on the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import World, world_of
+
+import fastconfig as fc
+
+two = world_of(2)
+four = world_of(4)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
+
+METHODS = {
+    "config": fc.ConFIG,
+    "upgrad": fc.UPGrad,
+    "pcgrad": fc.PCGrad,  # its order is drawn by chance
+    "nashmtl": fc.NashMTL,
+    "graddrop": fc.GradDrop,
+}
+BATCH, LOSSES = 8, 3
+
+
+class Net(nn.Module):
+    """Seven hidden units, so that no number of ranks divides all of its parameters."""
+
+    def __init__(self, hidden: int = 7) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, hidden)
+        self.second = nn.Linear(hidden, 5)
+        self.norm = nn.LayerNorm(5)
+        self.frozen = nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.second(self.first(x).tanh()))
+        return (out.full_tensor() if hasattr(out, "full_tensor") else out) * self.scale
+
+
+def network(hidden: int = 7) -> Net:
+    torch.manual_seed(0)
+    return Net(hidden).double()
+
+
+def batch() -> Tensor:
+    return torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def losses_of(out: Tensor) -> list[Tensor]:
+    return [(out[:, i] - i).square().mean() + out[:, 3 + i % 2].mean() for i in range(LOSSES)]
+
+
+def part(x: Tensor, index: int, count: int) -> Tensor:
+    return x[index * len(x) // count : (index + 1) * len(x) // count]
+
+
+def alone(name: str, hidden: int) -> dict:
+    """What one process makes of the whole batch."""
+    model = network(hidden)
+    torch.manual_seed(0)
+    buf = fc.GradientBuffer(model, LOSSES)
+    buf.backward(losses_of(model(batch())))
+    made = buf.combine(METHODS[name]())
+    return {"grad": gradient(model), "gramian": made.gramian, "weights": made.weights}
+
+
+def gradient(model: nn.Module) -> Tensor:
+    """All of ``p.grad``, put together from the ranks."""
+    from torch.distributed.tensor import DTensor
+
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
+
+
+def laid_out(layout: str, rank: int, count: int) -> tuple[nn.Module, int, int, int]:
+    """The model on the ranks; which part of the batch is this rank's, of how many; hidden units."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    hidden = 8 if "tensor" in layout or layout == "sequence" else 7
+    model = network(hidden)
+    parts, index = count, rank
+    mesh = None
+    if layout == "hybrid":
+        mesh = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("replicate", "shard"))
+    elif layout == "tensor and sharded":
+        both = init_device_mesh("cpu", (count // 2, 2), mesh_dim_names=("data", "model"))
+        parallelize_module(model, both["model"], {"first": ColwiseParallel(), "second": RowwiseParallel()})
+        mesh, parts, index = both["data"], count // 2, rank // 2
+    elif layout == "tensor":
+        model_mesh = init_device_mesh("cpu", (count,))
+        parallelize_module(model, model_mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
+        parts, index = 1, 0
+    elif layout == "sequence":
+        rows_of_the_batch = {
+            "second": RowwiseParallel(output_layouts=Shard(0), use_local_output=False),
+            "norm": SequenceParallel(sequence_dim=0),  # its gradient is a sum that is yet to be made over the ranks
+        }
+        parallelize_module(model, init_device_mesh("cpu", (count,)), {"first": ColwiseParallel(), **rows_of_the_batch})
+        parts, index = 1, 0
+    elif layout == "sharded":
+        mesh = init_device_mesh("cpu", (count,))
+    if mesh is not None:
+        for layer in (model.first, model.second):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if layout == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    return model, index, parts, hidden
+
+
+def step(rank: int, count: int, layout: str, name: str, callables: bool) -> dict:
+    """One step on the ranks."""
+    model, index, parts, hidden = laid_out(layout, rank, count)
+    torch.manual_seed(rank)
+    buf = fc.GradientBuffer(model, LOSSES)
+    x = part(batch(), index, parts)
+    if callables:
+        buf.backward([lambda i=i: losses_of(model(x))[i] for i in range(LOSSES)])
+    else:
+        buf.backward(losses_of(model(x)))
+    whole = buf.gramian()
+    made = buf.combine(METHODS[name]())
+    assert torch.equal(buf.gramian(), whole)
+    return {"grad": gradient(model), "gramian": made.gramian, "weights": made.weights, "hidden": hidden}
+
+
+def assert_as_alone(answers: list[dict], name: str) -> None:
+    for answer in answers[1:]:
+        for what in ("grad", "gramian", "weights"):
+            assert torch.equal(answer[what], answers[0][what]) or answer[what].isnan().all()
+    got, wanted = answers[0], alone(name, answers[0]["hidden"])
+    for what in ("grad", "gramian", "weights"):
+        torch.testing.assert_close(
+            got[what], wanted[what], rtol=0, atol=1e-12 * float(wanted[what].nan_to_num().norm()), equal_nan=True
+        )
+
+
+SHARED = [("sharded", False), ("sharded", True), ("tensor", False), ("sequence", False), ("ddp", True)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("layout", "callables"), SHARED)
+def test_two_ranks_combine_as_one_process(two: World, layout: str, callables: bool, name: str) -> None:
+    assert_as_alone(two.run(step, 2, layout, name, callables), name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("layout", ["sharded", "hybrid", "tensor and sharded", "tensor"])
+def test_four_ranks_combine_as_one_process(four: World, layout: str, name: str) -> None:
+    assert_as_alone(four.run(step, 4, layout, name, False), name)
+
+
+class ToldError(Exception):
+    """What a loss of a test raises."""
+
+
+def averaged(gradients: Tensor) -> Tensor:
+    torch.distributed.all_reduce(gradients)
+    return gradients / torch.distributed.get_world_size()
+
+
+def recorded_by_hand(rank: int, buf: fc.GradientBuffer, model: nn.Module, seed: int = 0) -> None:
+    """Gradients that the ranks have averaged by themselves."""
+    generator = torch.Generator().manual_seed(seed + rank)
+    for i in range(LOSSES):
+        with buf.record(i):
+            for p in model.parameters():
+                p.grad = averaged(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+
+def errors_of(*calls) -> list[str]:
+    """What each call raises, in words; empty where it raises nothing."""
+    return [error_of(call) for call in calls]
+
+
+def error_of(call) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def plain_parameters(rank: int) -> list[str]:
+    model = nn.Linear(3, 2)
+    return errors_of(
+        lambda: fc.GradientBuffer(model, 2),
+        lambda: fc.GradientBuffer(model.named_parameters(), 2),
+        lambda: fc.GradientBuffer(model, 2, sync="nonsense"),
+        lambda: fc.GradientBuffer(model, 2, sync=None),
+    )
+
+
+def test_plain_parameters_need_a_word_on_how_their_gradients_meet(two: World) -> None:
+    for module, pairs, nonsense, silenced in two.run(plain_parameters):
+        assert module.startswith("RuntimeError: 2 processes train, and this GradientBuffer was given plain parameters")
+        assert pairs == module
+        assert nonsense == "ValueError: sync must be 'auto' or None, got 'nonsense'"
+        assert silenced == ""
+
+
+def silenced_buffers_go_their_own_way(rank: int) -> tuple[Tensor, Tensor]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=None)
+    buf.backward(losses_of(model(part(batch(), rank, 2))))
+    buf.combine()
+    return gradient(model), buf.rows.clone()
+
+
+def test_a_rank_may_train_for_itself(two: World) -> None:
+    for grad, rows in two.run(silenced_buffers_go_their_own_way):
+        assert torch.equal(grad, fc.combine(rows))
+
+
+def ddp_misused(rank: int) -> list[str]:
+    model = nn.parallel.DistributedDataParallel(network())
+    buf = fc.GradientBuffer(model, LOSSES)
+    x = part(batch(), rank, 2)
+
+    def twice() -> None:
+        first, second, _ = losses_of(model(x))
+        with buf.record(0):
+            first.backward(retain_graph=True)
+        with buf.record(1):
+            second.backward()
+
+    def unsynchronised() -> None:
+        with model.no_sync():
+            buf.backward([lambda i=i: losses_of(model(x))[i] for i in range(LOSSES)])
+
+    def outside() -> None:
+        fc.GradientBuffer(nn.ModuleList([model, nn.Linear(2, 2)]), 2)
+
+    told = errors_of(lambda: buf.backward(losses_of(model(x))), twice, unsynchronised, outside)
+    buf.backward([lambda i=i: losses_of(model(x))[i] for i in range(LOSSES)])  # and all is as ever
+    buf.combine()
+    return [*told, gradient(model)]
+
+
+def test_ddp_averages_once_a_forward_pass_and_is_held_to_it(two: World) -> None:
+    answers = two.run(ddp_misused)
+    for tensors, twice, unsynchronised, outside, _ in answers:
+        assert tensors.startswith("ValueError: 3 losses were given as tensors")
+        assert twice.startswith("RuntimeError: record(1) backpropagated a forward pass of DistributedDataParallel for")
+        assert unsynchronised.startswith("RuntimeError: backward inside no_sync()")
+        assert outside.startswith("RuntimeError: 2 parameters, the first of shape (2, 2), are in no Distributed")
+    assert torch.equal(answers[0][-1], answers[1][-1])
+    torch.testing.assert_close(answers[0][-1], alone("config", 7)["grad"])
+
+
+def fsdp_without_synchronisation(rank: int) -> list[str]:
+    model = laid_out("sharded", rank, 2)[0]
+    buf = fc.GradientBuffer(model, LOSSES)
+    model.set_requires_gradient_sync(False)
+    x = part(batch(), rank, 2)
+    return errors_of(lambda: buf.backward(losses_of(model(x))), lambda: buf.record(0).__enter__())
+
+
+def test_fsdp_must_not_keep_gradients_local(two: World) -> None:
+    for told in two.run(fsdp_without_synchronisation):
+        assert told[0].startswith("RuntimeError: backward after set_requires_gradient_sync(False)")
+        assert told[1].startswith("RuntimeError: record(0) after set_requires_gradient_sync(False)")
+
+
+def gathers(rank: int, reshard: bool) -> int:
+    """How often parameters are gathered in one forward pass and three backward passes."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = network()
+    for module in (model.first, model.second, model):
+        fully_shard(module, reshard_after_forward=reshard)
+    buf = fc.GradientBuffer(model, LOSSES)
+    x = part(batch(), rank, 2)
+    buf.backward(losses_of(model(x)))
+    with CommDebugMode() as counted:
+        buf.backward(losses_of(model(x)))
+    return counted.get_comm_counts()[torch.ops.c10d._allgather_base_]
+
+
+def test_fsdp_gathers_parameters_once_where_it_keeps_them_anyway(two: World) -> None:
+    assert two.run(gathers, False) == [3, 3]  # a module
+    assert two.run(gathers, True) == [12, 12]  # forwards, and for each loss
+
+
+def one_fails(rank: int, where: str) -> list[object]:
+    """Rank 1 raises; then both go on."""
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, group=torch.distributed.group.WORLD)
+
+    class Rule:
+        def weights(self, gramian: Tensor) -> Tensor:
+            raise ToldError("no weights")
+
+    def in_record() -> None:
+        recorded_by_hand(rank, buf, model)
+        if rank == 1:
+            with buf.record(2, accumulate=False):
+                raise ToldError("no labels")
+        buf.combine()
+
+    def in_backward() -> None:
+        def loss() -> Tensor:
+            if rank == 1:
+                raise ToldError("no labels")
+            return sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+
+        buf.backward([loss] * LOSSES)
+        buf.combine()
+
+    def in_combine() -> None:
+        recorded_by_hand(rank, buf, model)
+        buf.combine(stale="error" if rank == 0 else "nonsense")
+
+    def in_rule() -> None:
+        recorded_by_hand(rank, buf, model)
+        buf.combine(Rule())
+
+    def not_finite() -> None:
+        recorded_by_hand(rank, buf, model)
+        buf.rows[1, 3] = torch.inf
+        buf.combine(fc.ConFIG(nonfinite="raise"))
+
+    cases = {
+        "record": in_record, "backward": in_backward, "combine": in_combine, "rule": in_rule, "nonfinite": not_finite,
+    }  # fmt: skip
+    told = errors_of(cases[where])
+    recorded_by_hand(rank, buf, model, seed=10)
+    buf.combine()
+    return [*told, gradient(model)]
+
+
+@pytest.mark.parametrize(
+    ("where", "there", "elsewhere"),
+    [
+        (
+            "record",
+            "ToldError: no labels",
+            "RuntimeError: rank 1 raised ToldError: no labels; the step is over on every rank",
+        ),
+        (
+            "backward",
+            "ToldError: no labels",
+            "RuntimeError: rank 1 raised ToldError: no labels; the step is over on every rank",
+        ),
+        ("combine", "ValueError: stale must be", "ValueError: rank 1 raised ValueError: stale must be"),
+        ("rule", "RuntimeError: rank 0 raised ToldError: no weights", "ToldError: no weights"),
+        (
+            "nonfinite",
+            "FloatingPointError: the squared norm of the gradient of loss 1",
+            "FloatingPointError: the squared norm of the gradient of loss 1",
+        ),
+    ],
+)
+def test_what_a_rank_raises_all_raise_and_all_go_on(two: World, where: str, there: str, elsewhere: str) -> None:
+    first, second = two.run(one_fails, where)
+    assert second[0].startswith(there)
+    assert first[0].startswith(elsewhere)
+    assert torch.equal(first[1], second[1])
+
+
+def unequal_copies(rank: int) -> list[str]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, group=torch.distributed.group.WORLD)
+    buf.backward(losses_of(model(part(batch(), rank, 2))))  # which nobody averages
+    return errors_of(buf.combine)
+
+
+def test_copies_whose_gradients_differ_are_noticed(two: World) -> None:
+    for (told,) in two.run(unequal_copies):
+        assert told.startswith("RuntimeError: the gradients of loss ")
+        assert "over the same parameters differ between rank 0" in told
+
+
+def other_sizes(rank: int) -> list[str]:
+    return errors_of(lambda: fc.GradientBuffer(nn.Linear(2, 2 + rank), 2, group=torch.distributed.group.WORLD))
+
+
+def test_parameters_of_one_name_must_be_of_one_size(two: World) -> None:
+    for (told,) in two.run(other_sizes):
+        assert "parameter 'weight' has 6 columns of torch.float32 on rank 1 and 4 of torch.float32 on rank 0" in told
+
+
+def stages(rank: int, named_alike: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Two stages of a pipeline, each with its gradients; the trunk before them is on both."""
+    whole = [network(), network()]
+    stage = whole[rank]
+    names = [("stage" if named_alike else f"stage{rank}") + f".{name}" for name, _ in stage.named_parameters()]
+    shared = nn.Parameter(torch.ones(70, dtype=torch.float64))
+    pairs = [("shared", shared), *zip(names, stage.parameters(), strict=True)]
+    everyone = torch.distributed.group.WORLD
+    buf = fc.GradientBuffer(pairs, LOSSES, group=everyone, local=[stage] if named_alike else [])
+    generator, together = torch.Generator().manual_seed(rank), torch.Generator().manual_seed(7)
+    rows = []
+    for i in range(LOSSES):
+        with buf.record(i):
+            shared.grad = torch.randn(70, generator=together, dtype=torch.float64)
+            for p in stage.parameters():
+                if p.requires_grad:
+                    p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            mine = [p.grad.flatten().clone() for p in stage.parameters() if p.requires_grad]
+            rows.append((shared.grad.clone(), torch.cat(mine)))
+    buf.combine(fc.UPGrad())
+    combined = (shared.grad.clone(), gradient(stage))
+    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]), *combined
+
+
+@pytest.mark.parametrize("named_alike", [False, True])
+def test_stages_of_a_pipeline_are_columns_of_one_problem(two: World, named_alike: bool) -> None:
+    (shared, first, *got), (_, second, *other) = two.run(stages, named_alike)
+    wanted = fc.combine(torch.cat([shared, first, second], dim=1), fc.UPGrad())
+    torch.testing.assert_close(torch.cat([*got, other[1]]), wanted)
+    assert torch.equal(got[0], other[0])
+
+
+def with_a_scaler_and_absent_losses(rank: int) -> tuple[Tensor, tuple[int, ...], bool, bool]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, group=torch.distributed.group.WORLD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    recorded_by_hand(rank, buf, model)
+    buf.rows.mul_(8.0)
+    made = buf.combine(fc.NashMTL(), scaler=scaler)
+    both = recorded_twice(rank, model)
+    x = batch()
+    buf.backward([losses_of(model(x))[0], None, None if rank else losses_of(model(x))[2]])
+    buf.rows[2] = 0.0
+    absent = buf.combine().absent
+    buf.zero()
+    nothing = errors_of(lambda: buf.combine())[0].startswith("RuntimeError: combine found nothing")
+    return made.gramian, absent, nothing, both
+
+
+def recorded_twice(rank: int, model: nn.Module) -> bool:
+    """Micro-batches add up on ranks, too."""
+    buf = fc.GradientBuffer(model, LOSSES, group=torch.distributed.group.WORLD)
+    recorded_by_hand(rank, buf, model)
+    once = buf.gramian()
+    with buf.record(0, accumulate=True):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    return torch.equal(buf.gramian(), once)
+
+
+def test_what_holds_for_one_process_holds_for_ranks(two: World) -> None:
+    first, second = two.run(with_a_scaler_and_absent_losses)
+    assert torch.equal(first[0], second[0])
+    assert first[1:] == second[1:] == ((1,), True, True)
+
+
+def refused(rank: int) -> list[str]:
+    import copy
+    import pickle
+
+    buf = fc.GradientBuffer(network(), 2, group=torch.distributed.group.WORLD)
+    return errors_of(lambda: copy.deepcopy(buf), lambda: pickle.dumps(buf))
+
+
+def test_buffers_of_ranks_are_not_copied(two: World) -> None:
+    for told in two.run(refused):
+        assert all(text.startswith("TypeError: a GradientBuffer of several ranks cannot be copied") for text in told)
