@@ -32,8 +32,8 @@ def _train_in_parallel(rank, folder, as_bucket_view):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = network()
-    optimizer = fc.optim.MConFIG(model.parameters(), lr=1e-2, num_losses=2)
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_bucket_view)
+    optimizer = fc.optim.MConFIG(parallel, lr=1e-2, num_losses=2)
     train(parallel, optimizer, inputs()[4 * rank : 4 * rank + 4])
     torch.save([parameter.detach() for parameter in model.parameters()], f"{folder}/{rank}.pt")
     os._exit(0)  # past gloo's threads, whose end aborts the process now and then, with any optimizer

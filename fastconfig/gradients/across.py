@@ -5,7 +5,7 @@ What travels is m×m: K, with a flag a parameter and one a rank, in one sum, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from typing import NamedTuple, Protocol
 
@@ -27,6 +27,7 @@ from fastconfig.methods import (
     check_weights_of,
     is_streaming,
 )
+from fastconfig.methods.base import StatefulMethod
 from fastconfig.ops import backend_for
 from fastconfig.validation import check_method_weights
 
@@ -74,45 +75,27 @@ def gramian_of_owned(parts: Sequence[Held], ranks: Ranks, home: torch.device) ->
 
 
 class Tally:
-    """What the ranks tell each other before a combination: K, what was reached and recorded, and which rank has failed.
-
-    One vector, and one sum of it over the ranks, whatever has happened on which.
+    """Numbers that the ranks sum up, and with them whether one of them has failed: one vector, whatever happened where.
 
     Args:
-        num_losses: m.
-        names: how many parameters the whole model has.
-        ranks: those who tell.
+        ranks: who takes part.
         home: the device.
+        sizes: of the parts.
 
     Attributes:
-        gramian: (m, m) float64, to be filled with this rank's part.
+        parts: float64 vectors of these sizes, zeros to be filled.
     """
 
-    def __init__(self, num_losses: int, names: int, ranks: Ranks, home: torch.device) -> None:
+    def __init__(self, ranks: Ranks, home: torch.device, *sizes: int) -> None:
         self._ranks = ranks
-        sizes = (num_losses**2, names, num_losses, ranks.count)
-        self._numbers = torch.zeros(sum(sizes), dtype=torch.float64, device=home)
-        square, self._reached, self._recorded, self._failed = self._numbers.split(sizes)
-        self.gramian = square.view(num_losses, num_losses)
+        self._numbers = torch.zeros(sum(sizes) + ranks.count, dtype=torch.float64, device=home)
+        *self.parts, self._failed = self._numbers.split([*sizes, ranks.count])
 
-    def tell(self, reached: Sequence[int], recorded: Sequence[int]) -> None:
-        """Put in this rank's part.
-
-        Args:
-            reached: numbers of the parameters that a loss has reached here.
-            recorded: the losses that are not absent here.
-        """
-        self._reached[list(reached)] = 1.0
-        self._recorded[list(recorded)] = 1.0
-
-    def take_part(self, error: Exception | None) -> tuple[list[bool], list[bool]]:
+    def take_part(self, error: Exception | None) -> None:
         """Sum over the ranks. Waits for the device, so that a rank that has failed ends the step on all.
 
         Args:
             error: what has gone wrong here.
-
-        Returns:
-            Of each parameter of the model, whether a loss has reached it on any rank; of each loss, whether any has it.
 
         Raises:
             On every rank what one of them has met.
@@ -120,20 +103,15 @@ class Tally:
         if error is not None:
             self._failed[self._ranks.rank] = 1.0
         self._ranks.sum(self._numbers)
-        reached, recorded, failed = (part.gt(0).tolist() for part in (self._reached, self._recorded, self._failed))
+        failed = self._failed.tolist()
         if any(failed):
-            self._ranks.raise_error_of(failed.index(True), error)
-        return reached, recorded
+            self._ranks.raise_error_of(next(rank for rank, flag in enumerate(failed) if flag), error)
 
 
-def decide(
-    ranks: Ranks,
-    method: Method,
-    gramian: Tensor,
-    weights: Tensor,
-    weigh: Callable[[Tensor], Tensor] | None = None,
-) -> None:
+def decide(ranks: Ranks, method: Method, gramian: Tensor, weights: Tensor) -> None:
     """Have rank 0 find the weights, and give K and c to all, the same bits.
+
+    The others ask a built-in method that remembers, too, so that they remember the same; only rank 0's answer counts.
 
     Raises:
         What the method raises on rank 0, on every rank: NonFiniteError, and else what ``Ranks`` makes of it.
@@ -141,13 +119,10 @@ def decide(
     m = len(weights)
     packed = torch.zeros(m * m + m + 1, dtype=torch.float64, device=gramian.device)
     error: Exception | None = None
-    if ranks.rank == 0:
+    if ranks.rank == 0 or isinstance(method, StatefulMethod):
         try:
-            found = (
-                check_method_weights(weights_of(method, gramian), gramian, method) if weigh is None else weigh(gramian)
-            )
             packed[: m * m] = gramian.flatten()
-            packed[m * m : -1] = found
+            packed[m * m : -1] = check_method_weights(weights_of(method, gramian), gramian, method)
         except NonFiniteError as nonfinite:
             packed[-1] = nonfinite.row + 1
         except Exception as raised:  # whatever a user's rule does: the others wait for an answer
@@ -203,7 +178,7 @@ class Together:
 
     def fail(self, error: Exception) -> None:
         """Take part in the combination that the others wait for, by saying what has gone wrong here; it is raised."""
-        Tally(self._num_losses, self._names, self.ranks, self._home).take_part(error)
+        self._tally().take_part(error)
 
     def sum_up(
         self, gramian: Tensor, reached: Sequence[bool], absent: Sequence[bool]
@@ -218,22 +193,23 @@ class Together:
         Returns:
             ``reached`` on any rank; the losses that are absent on all.
         """
-        tally = Tally(self._num_losses, self._names, self.ranks, self._home)
+        tally = self._tally()
+        square, names, recorded = tally.parts
         error: Exception | None = None
         try:
-            tally.tell(
-                list(compress(self._numbers, reached)), [i for i, is_absent in enumerate(absent) if not is_absent]
-            )
-            tally.gramian.copy_(gramian_of_owned(self._parts, self.ranks, self._home))
+            names[list(compress(self._numbers, reached))] = 1.0
+            recorded[[i for i, is_absent in enumerate(absent) if not is_absent]] = 1.0
+            square.copy_(gramian_of_owned(self._parts, self.ranks, self._home).flatten())
         except Exception as raised:  # out of memory, say: the others wait
             error = raised
-        anywhere, recorded = tally.take_part(error)
+        tally.take_part(error)
+        anywhere = names.gt(0).tolist()
         self.is_nothing_reached = True not in anywhere
         if not self._are_copies_checked:
             check_copies(self.ranks, self._parts)
             self._are_copies_checked = True
-        gramian.copy_(tally.gramian)
-        return tuple([anywhere[i] for i in self._numbers]), [i for i, has in enumerate(recorded) if not has]
+        gramian.copy_(square.view_as(gramian))
+        return tuple([anywhere[i] for i in self._numbers]), [i for i, has in enumerate(recorded.tolist()) if not has]
 
     def combine(self, method: Method | StreamingMethod, gramian: Tensor, weights: Tensor, scale: Tensor | None) -> None:
         """Combine what each rank holds as one problem.
@@ -255,6 +231,9 @@ class Together:
         for held in self._parts:
             _backend(held.rows).apply(held.rows, weights.to(held.rows.device), held.out)
 
+    def _tally(self) -> Tally:
+        return Tally(self.ranks, self._home, self._num_losses**2, self._names, self._num_losses)
+
     def _combine_rows(self, method: StreamingMethod) -> None:
         if isinstance(method, GradDrop):
             self.ranks.broadcast(method.seed_on(self._home))
@@ -266,8 +245,7 @@ class Together:
     def gramian(self) -> Tensor:
         """(m, m) float64: K of the whole model, the same bits on every rank."""
         total = gramian_of_owned(self._parts, self.ranks, self._home)
-        self.ranks.sum(total)
-        self.ranks.broadcast(total)
+        self.ranks.total(total)
         return total
 
 

@@ -6,12 +6,12 @@ import math
 import sys
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
     from typing_extensions import TypeIs
 
 
@@ -39,20 +39,38 @@ def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.to_local()
 
 
-def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of the shape of this rank's part as what may stand as ``p.grad``: a DTensor over the same memory."""
+def like_parameter(local: Tensor, parameter: Tensor, leading: int = 0) -> Tensor:
+    """A tensor of the shape of this rank's part as what may stand as ``p.grad``: a DTensor over the same memory.
+
+    Args:
+        local: (..., of the shape of this rank's part).
+        parameter: the parameter.
+        leading: how many dimensions stand before the parameter's; each rank has all of them.
+    """
     if not is_sharded(parameter):
         return local
     from torch.distributed.tensor import DTensor
 
+    shape = (*local.shape[:leading], *parameter.shape)
     return DTensor.from_local(
         local,
         parameter.device_mesh,
-        parameter.placements,
+        [_shifted(placement, leading) for placement in parameter.placements],
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=shape,  # type: ignore[arg-type]  # a tuple of int does as well
+        stride=tuple(math.prod(shape[d + 1 :]) for d in range(len(shape))),
     )
+
+
+def _shifted(placement: Placement, dimensions: int) -> Placement:
+    """The same over a tensor with so many dimensions more in front."""
+    dim = getattr(placement, "dim", None)
+    if dimensions == 0 or dim is None:  # of a replica there is none
+        return placement
+    split = getattr(placement, "split_factor", None)  # what FSDP2 over tensor parallelism has beside the dimension
+    kind: Any = type(placement)
+    moved: Placement = kind(dim + dimensions) if split is None else kind(dim + dimensions, split_factor=split)
+    return moved
 
 
 def shard_of(parameter: Tensor) -> tuple[object, ...]:

@@ -40,6 +40,11 @@ class Ranks:
         """Replace numbers by their sums over the ranks."""
         dist.all_reduce(numbers, group=self.group)
 
+    def total(self, numbers: Tensor) -> None:
+        """Replace numbers by their sums over the ranks, whose bits are rank 0's on every rank."""
+        self.sum(numbers)
+        self.broadcast(numbers)
+
     def broadcast(self, numbers: Tensor, rank: int = 0) -> None:
         """Replace numbers by those of one rank."""
         dist.broadcast(numbers, dist.get_global_rank(self.group, rank), group=self.group)

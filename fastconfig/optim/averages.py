@@ -13,9 +13,13 @@ from torch import Tensor
 from fastconfig import backends
 from fastconfig.backends.moments import Moments, Piece, Recorded
 from fastconfig.backends.momentum import Segment, segment_on
+from fastconfig.backends.rows import Rows
 from fastconfig.gradients import landing, parameters
 from fastconfig.gradients.landing import GradientRows
+from fastconfig.gradients.layout import Layout
+from fastconfig.gradients.local import like_parameter
 from fastconfig.gradients.memory import aligned_rows
+from fastconfig.gradients.ranks import Ranks
 
 State = MutableMapping[Tensor, Any]
 
@@ -44,6 +48,8 @@ class Averages:
         count: k.
         state_dtype: of the averages; None for float32, and float64 for float64 parameters.
         backend: as in ``fc.combine``.
+        layout: who holds what, where several ranks train the model.
+        ranks: those ranks.
 
     Attributes:
         rows: where gradients land.
@@ -60,10 +66,20 @@ class Averages:
         count: int,
         state_dtype: torch.dtype | None,
         backend: str | None,
+        layout: Layout | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group}
         kinds = _by_kind(parameter for group in groups for parameter in group)
-        segments = [landing.Segment(kind, count, dtype) for dtype, kind in kinds]
+        segments = [
+            landing.Segment(kind if layout is None else layout.ordered(kind), count, dtype) for dtype, kind in kinds
+        ]
+        self._shares = [
+            [(0, segment.n)]
+            if layout is None or ranks is None
+            else [region.share(ranks.rank) for region in layout.regions(segment.parameters)]
+            for segment in segments
+        ]
         for segment in segments:
             backends.select(segment.device, backend)  # now, not in the first step, is the time to complain
         self._backend = backend
@@ -79,7 +95,9 @@ class Averages:
         self._gradients = [segment.rows.unbind() for segment in segments]
         self._reached: list[bool] = [False] * len(self._places)
         self._active: list[Segment] = []
+        self._owned: list[tuple[Segment, int, tuple[int, int]]] | None = None
         self._needing: list[bool] = []
+        self._resting: set[int] = set()
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -109,7 +127,9 @@ class Averages:
             self.reach(new, state)
         if needing != self._needing:
             resting = {i for i, needs in enumerate(needing) if not (needs and self._reached[i])}
-            self._active = [self._segment_without(resting, s) for s in range(len(self.moments))]
+            self._active = [self._segment_without(resting, s, (0, n)) for s, n in enumerate(self._widths())]
+            self._owned = None
+            self._resting = resting
             self._needing = needing
         recorded = self._recorded.get(losses)
         if recorded is None:
@@ -117,6 +137,30 @@ class Averages:
                 self._recorded.clear()
             recorded = self._recorded[losses] = [Recorded(losses, rows[: len(losses)]) for rows in self._gradients]
         return list(zip(self._active, recorded, strict=True))
+
+    def owned(self, recorded: Sequence[tuple[Segment, Recorded]]) -> list[tuple[Segment, Recorded]]:
+        """The columns among those of ``active`` that this rank owns, as segments of their own."""
+        if self._owned is None:
+            self._owned = [
+                (self._segment_without(self._resting, s, share), s, share)
+                for s, shares in enumerate(self._shares)
+                for share in shares
+                if share[0] < share[1]
+            ]
+        return [
+            (segment, Recorded(recorded[s][1].losses, tuple([row[first:last] for row in recorded[s][1].rows])))
+            for segment, s, (first, last) in self._owned
+        ]
+
+    def gramian_of_owned(self, home: torch.device) -> Tensor:
+        """(m, m) float64: the products of the averages over the columns that this rank owns."""
+        m = len(self.moments[0].first)
+        total = torch.zeros(m, m, dtype=torch.float64, device=home)
+        for (first, _), shares in zip(self.moments, self._shares, strict=True):
+            for begin, end in shares:
+                rows = Rows(m, end - begin, first.dtype, first.device, first[:, begin:end], ())
+                total += backends.select(first.device, self._backend).gramian(rows).to(home)
+        return total
 
     def reach(self, positions: Iterable[int], state: State) -> None:
         """Count parameters as reached, and make ``state`` show their averages, as views."""
@@ -127,8 +171,8 @@ class Averages:
             columns = slice(place.first, place.first + len(place.memory))
             first, second = self.moments[place.segment]
             state[parameter] = {
-                "exp_avgs": parameters.shaped_like(parameter, first[:, columns]),
-                "exp_avg_sq": parameters.shaped_like(parameter, second[columns]),
+                "exp_avgs": like_parameter(parameters.shaped_like(parameter, first[:, columns]), parameter, leading=1),
+                "exp_avg_sq": like_parameter(parameters.shaped_like(parameter, second[columns]), parameter),
             }
 
     def unreach(self, positions: Iterable[int], state: State) -> None:
@@ -185,13 +229,20 @@ class Averages:
                 largest = torch.linalg.vector_norm(segment.rows[hidden], ord=math.inf)
                 segment.rows[slot, shown] += largest * 0
 
-    def _segment_without(self, resting: Collection[int], index: int) -> Segment:
-        pieces = [
-            Piece(place.values, place.first, place.group)
-            for i, place in enumerate(self._places)
-            if place.segment == index and i not in resting
-        ]
-        return segment_on(self.rows.segments[index].device, self._backend, self.moments[index], pieces)
+    def _widths(self) -> list[int]:
+        return [segment.n for segment in self.rows.segments]
+
+    def _segment_without(self, resting: Collection[int], index: int, columns: tuple[int, int]) -> Segment:
+        """Of a segment's columns from the first up to the last, the parameters at rest left out."""
+        begin, end = columns
+        pieces = []
+        for i, place in enumerate(self._places):
+            first, last = max(place.first, begin), min(place.first + len(place.values), end)
+            if place.segment == index and i not in resting and first < last:
+                pieces.append(Piece(place.values[first - place.first : last - place.first], first - begin, place.group))
+        averages, second = self.moments[index]
+        cut = Moments(averages[:, begin:end], second[begin:end])
+        return segment_on(self.rows.segments[index].device, self._backend, cut, pieces)
 
     def _first_reached(self, segment: int, slot: int) -> int | None:
         """A column of the segment in which a recorded gradient has an element."""

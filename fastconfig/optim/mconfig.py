@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -12,21 +12,24 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.optim.optimizer import Optimizer
 
-from fastconfig import backends
 from fastconfig.backends.moments import Group, Ledger, StepRule
-from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
 from fastconfig.gradients.combination import Combination
 from fastconfig.gradients.landing import Recording
+from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Losses
 from fastconfig.gradients.parameters import Source, Watch, check_in_memory, trained
+from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful, method_of
 from fastconfig.optim.averages import Averages
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
-from fastconfig.optim.momentum import combination_of, take_step
+from fastconfig.optim.momentum import Across, combination_of, take_step
 from fastconfig.optim.selection import LossSelector, Selection
 from fastconfig.optim.state import copy_state, packed_state
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Parameters = Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -69,9 +72,13 @@ class MConFIG(Optimizer):
         maximize: ascend.
         differentiable: must be False.
         backend: as in ``fc.combine``.
+        sync, group, local: as of ``fc.GradientBuffer``: how the gradients of several ranks meet. Products of averages
+            are summed over the columns that each rank owns, rank 0 asks the method, and every rank draws the same
+            losses. The constructor, ``step`` and ``refresh`` are then calls of all ranks.
 
     Raises:
         TypeError, ValueError: an argument that cannot be; the message names it, its value and the remedy.
+        RuntimeError: several processes, plain parameters, and nothing that says how their gradients meet.
 
     Memory: m + 1 vectors of the state's dtype, beside k rows for the gradients, which are what ``p.grad`` then shows.
     Rows and averages are dense, also of a table whose gradients are sparse.
@@ -116,6 +123,9 @@ class MConFIG(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         backend: str | None = None,
+        sync: Sync = "auto",
+        group: ProcessGroup | None = None,
+        local: Sequence[Module | Tensor] = (),
     ) -> None:
         self._losses = Losses(num_losses)
         self._num_losses = m = len(self._losses)
@@ -136,6 +146,7 @@ class MConFIG(Optimizer):
         self._max_update_norm = checked_norm("max_update_norm", max_update_norm)
         self._state_dtype = state_dtype
         self._backend = backend
+        self._sync, self._group, self._local = sync, group, tuple(local)
         self._selector = LossSelector(selection, m, losses_per_step, generator)
         self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
         self._calls = [f"record({self._losses.argument(i)})" for i in range(m)]
@@ -229,6 +240,7 @@ class MConFIG(Optimizer):
     def _prepared(self, index: int, accumulate: bool) -> tuple[int, str, bool]:
         """A block of ``record`` is entered."""
         call = self._calls[index]
+        self._wrappers.check_open(call)
         if self._failed:  # the user goes on with another batch
             self._forget()
         adds = index in self._recorded
@@ -296,8 +308,8 @@ class MConFIG(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     result = closure()
-            self._rows.check_not_recording("step")
-            self._step_by_recorded()
+            losses = self._losses_of_the_step()
+            self._step_by_recorded(losses)
         except Exception as error:
             self._failed = True
             if isinstance(error, FloatingPointError):
@@ -308,22 +320,39 @@ class MConFIG(Optimizer):
             raise
         return result
 
-    def _step_by_recorded(self) -> None:
-        losses = tuple(self._recorded)
-        self._check_recorded(losses)
+    def _losses_of_the_step(self) -> tuple[int, ...]:
+        """The losses whose gradients make this step, where nothing forbids it."""
+        try:
+            self._rows.check_not_recording("step")
+            losses = tuple(self._recorded)
+            self._check_recorded(losses)
+            self._check_unscaled(losses)
+        except Exception as error:
+            if self._across is not None:
+                self._across.fail(error)
+            raise
+        return losses
+
+    def _check_unscaled(self, losses: tuple[int, ...]) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and grad_scale is None and len(losses) > 1:
             raise RuntimeError(
                 "scaler.unscale_(optimizer) divided only the last of several recorded gradients by the scale; leave it "
                 "out, as step unscales by itself, and clip by max_norm="
             )
+
+    def _step_by_recorded(self, losses: tuple[int, ...]) -> None:
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         rule, averages = self._rule(), self._averages
         new = averages.newly_reached(len(losses))
         left_out = self.steps_left_out if new else 0
         averages.bring_values()
         try:
+            active = averages.active(losses, new, self.state)
+            if self._across is not None:
+                self._across.owned = averages.owned(active)
             take_step(
-                averages.active(losses, new, self.state),
+                active,
                 self._ledger,
                 rule,
                 self._method,
@@ -331,6 +360,7 @@ class MConFIG(Optimizer):
                 backend=self._backend,
                 grad_scale=grad_scale,
                 found_inf=found_inf if isinstance(found_inf, Tensor) else None,  # 0 where no parameter has a gradient
+                across=self._across,
             )
         except Exception as error:
             averages.unreach(new, self.state)
@@ -365,9 +395,19 @@ class MConFIG(Optimizer):
 
     def _after_record(self, loss: int, slot: int, adds: bool, failed: BaseException | None) -> None:
         """A block of ``record`` has ended."""
+        unreduced: RuntimeError | None = None
+        if failed is None:
+            try:
+                self._wrappers.check_close(self._calls[loss], any(self._rows.reached[slot]))
+            except RuntimeError as error:
+                failed = unreduced = error
         if failed is not None:
-            if adds:
+            if adds or self._across is not None:
                 self._forget()
+            if self._across is not None and isinstance(failed, Exception):
+                self._across.fail(failed)
+            if unreduced is not None:
+                raise unreduced
             return
         if not adds:
             if not any(self._rows.reached[slot]):
@@ -406,19 +446,16 @@ class MConFIG(Optimizer):
         if self._source.module is not None:
             elsewhere = {id(parameter) for group in groups[1:] for parameter in group}
             groups[0] = [p for p in dict.fromkeys(self._source.now()[0]) if id(p) not in elsewhere]
-        averages = self._averages_over(groups, {id(parameter) for parameter in older.parameters})
+        averages, across = self._averages_over(groups, {id(parameter) for parameter in older.parameters})
         for group, members in zip(self.param_groups, groups, strict=True):
             group["params"] = members
         self.state.clear()
         averages.take_over(older, old_state, self.state)
-        self._watch_over(averages)
+        self._watch_over(averages, across)
         self._forget()
-        self._ledger.gramian.zero_()
-        for first, _ in averages.moments:
-            rows = Rows(len(first), first.shape[1], first.dtype, first.device, first, ())
-            self._ledger.gramian.add_(
-                backends.select(first.device, self._backend).gramian(rows).to(self._ledger.gramian)
-            )
+        self._ledger.gramian.copy_(averages.gramian_of_owned(self._ledger.gramian.device))
+        if across is not None:
+            across.ranks.total(self._ledger.gramian)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, before the first ``record``.
@@ -496,13 +533,17 @@ class MConFIG(Optimizer):
     def _build(self, module: Module | None) -> None:
         """Rows, averages and the m×m numbers for the parameters of all groups, in the order of the groups."""
         groups = [group["params"] for group in self.param_groups]
-        averages = self._averages_over(groups, ())
         self._source = Source(module if module is not None else [p for group in groups for p in group])
-        self._watch_over(averages)
-        self._ledger = Ledger.zeros(self._num_losses, averages.rows.segments[0].device)
+        self._wrappers = Wrappers(module)
+        self._watch_over(*self._averages_over(groups, ()))
+        self._ledger = Ledger.zeros(self._num_losses, self._rows.segments[0].device)
+        if self._across is not None:
+            self._selector.load(self._across.ranks.tell(self._selector.state()))  # every rank draws as rank 0 does
         self._built = True
 
-    def _averages_over(self, groups: Sequence[Sequence[Tensor]], kept: Collection[int]) -> Averages:
+    def _averages_over(
+        self, groups: Sequence[Sequence[Tensor]], kept: Collection[int]
+    ) -> tuple[Averages, Across | None]:
         """Averages for those that need a gradient, and for those to be kept though they need none now."""
         everything = [parameter for group in groups for parameter in group]
         distinct = trained(everything)
@@ -510,10 +551,25 @@ class MConFIG(Optimizer):
         for i, parameter in enumerate(distinct):
             check_parameter(parameter, i)
         wanted = [[p for p in group if p.requires_grad or id(p) in kept] for group in groups]
-        return Averages(wanted, self._num_losses, self._losses_per_step, self._state_dtype, self._backend)
+        flat = [parameter for group in wanted for parameter in group]
+        ranks = ranks_of(self._source.module, flat, self._sync, self._group, "MConFIG")
+        layout = None if ranks is None else Layout(flat, self._names(), ranks, identities_of(self._local))
+        averages = Averages(
+            wanted, self._num_losses, self._losses_per_step, self._state_dtype, self._backend, layout, ranks
+        )
+        home = averages.rows.segments[0].device
+        return averages, None if ranks is None else Across(ranks, self._num_losses, home)
 
-    def _watch_over(self, averages: Averages) -> None:
-        self._averages, self._rows = averages, averages.rows
+    def _names(self) -> dict[int, str] | None:
+        """The parameters' names, by identity, where a module or pairs were given."""
+        names = self._source.now()[1]
+        if names is None and all("param_names" in group for group in self.param_groups):
+            pairs = (zip(group["params"], group["param_names"], strict=True) for group in self.param_groups)
+            return {id(parameter): name for pair in pairs for parameter, name in pair}
+        return names
+
+    def _watch_over(self, averages: Averages, across: Across | None) -> None:
+        self._averages, self._rows, self._across = averages, averages.rows, across
         self._source.read_again()
         self._watch = Watch(self._source, averages.parameters, "MConFIG")
 

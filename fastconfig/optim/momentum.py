@@ -13,8 +13,11 @@ from fastconfig.backends.moments import Decision, Ledger, Recorded, StepRule
 from fastconfig.backends.momentum import Segment
 from fastconfig.backends.momentum.reference import decide, raise_if_nonfinite
 from fastconfig.backends.rows import Rows
+from fastconfig.gradients.across import Tally
+from fastconfig.gradients.across import decide as decide_together
 from fastconfig.gradients.combination import Combination, weights_of
 from fastconfig.gradients.losses import Losses
+from fastconfig.gradients.ranks import Ranks
 from fastconfig.methods import ConFIG, GramianMethod, Method
 from fastconfig.validation import check_method_weights
 
@@ -29,6 +32,7 @@ def take_step(
     backend: str | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    across: Across | None = None,
 ) -> None:
     """One step of M-ConFIG, as ``backends.momentum.reference`` writes it down.
 
@@ -41,6 +45,7 @@ def take_step(
         backend: as in ``fc.combine``.
         grad_scale: what a GradScaler multiplied the losses by: one element. None for 1.
         found_inf: one element, not zero where a GradScaler found a gradient that is not finite.
+        across: the other ranks that take this step, where there are some.
 
     Raises:
         FloatingPointError: a gradient is not finite, and the method is a ConFIG that raises on it.
@@ -49,28 +54,38 @@ def take_step(
     """
     segment, recorded = segments[0]
     home = ledger.gramian.device
-    scales = _scales(segments, rule.max_norm, grad_scale, home, backend)
+    owned = segments if across is None else across.owned
+    squares = None if rule.max_norm is None else _squares(owned, home, backend)
+    if across is not None:
+        squares, found_inf = across.agree(recorded.losses, squares, found_inf)
+    scales = _scales(len(recorded.losses), squares, rule.max_norm, grad_scale, home)
     config = method.rule if type(method) is ConFIG else None
     if config is not None:
         config.check_losses(len(ledger.weights))
-        if len(segments) == 1 and not callable(config.length) and rule.max_update_norm is None:
+        if across is None and len(segments) == 1 and not callable(config.length) and rule.max_update_norm is None:
             segment.step(ledger, recorded, rule, config, scales, found_inf)
             return
-    parts = [
-        segment.products(recorded, scales.to(recorded.rows[0].device), rule.beta1).to(home)
-        for segment, recorded in segments
-    ]
-    products = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+    products = torch.zeros(len(recorded.losses), len(ledger.weights), dtype=torch.float64, device=home)
+    for part, gradients in owned:
+        products += part.products(gradients, scales.to(gradients.rows[0].device), rule.beta1).to(home)
+    if across is not None:
+        across.ranks.total(products)
     if isinstance(method, (ConFIG, GramianMethod)) and method.rule.nonfinite == "raise":
         raise_if_nonfinite(products, recorded.losses)
     ask = all_seen and (home.type != "cpu" or _has_use_for(ledger, recorded.losses, products, found_inf))
-    decision = decide(ledger, recorded.losses, products, scales, rule, _weights_by(method, ask), found_inf)
+    weigh = _weights_by(method, ask, across)
+    decision = decide(ledger, recorded.losses, products, scales, rule, weigh, found_inf)
     beside = [
         (segment, recorded, Decision.of(decision.numbers.to(recorded.rows[0].device), len(ledger.weights)))
         for segment, recorded in segments
     ]
     if rule.max_update_norm is not None:
-        square = torch.stack([segment.update_square(r, rule, local).to(home) for segment, r, local in beside]).sum()
+        square = torch.zeros((), dtype=torch.float64, device=home)
+        for part, gradients in owned:
+            local = Decision.of(decision.numbers.to(gradients.rows[0].device), len(ledger.weights))
+            square += part.update_square(gradients, rule, local).to(home)
+        if across is not None:
+            across.ranks.total(square)
         for _, _, local in beside:
             local.clip.copy_((rule.max_update_norm / square.sqrt()).clamp(max=1.0))
     for segment, recorded, local in beside:
@@ -88,13 +103,79 @@ def combination_of(ledger: Ledger, beta1: float, rtol: float, losses: Losses) ->
     return Combination(ledger.gramian / bias / bias.unsqueeze(1), weights, rtol, losses)
 
 
-def _weights_by(method: Method, ask: bool) -> Callable[[Tensor], Tensor]:
-    """The method's checked weights; zeros where there is no use in asking it."""
+class Across:
+    """The other ranks of a step.
+
+    Args:
+        ranks: all that take it.
+        num_losses: m.
+        home: the device of the m×m numbers.
+
+    Attributes:
+        owned: the columns that this rank owns, with this step's gradients.
+    """
+
+    def __init__(self, ranks: Ranks, num_losses: int, home: torch.device) -> None:
+        self.ranks = ranks
+        self.owned: Sequence[tuple[Segment, Recorded]] = ()
+        self._num_losses = num_losses
+        self._home = home
+
+    def fail(self, error: Exception) -> None:
+        """Take part in the step that the others wait for, by saying what has gone wrong here; it is raised."""
+        self._tally().take_part(error)
+
+    def agree(
+        self, losses: Sequence[int], squares: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """That every rank takes the same step.
+
+        Args:
+            losses: which this rank has recorded.
+            squares: (k,) float64, the squared norms of their gradients over the columns owned here, if they matter.
+            found_inf: as in ``take_step``.
+
+        Returns:
+            The squared norms over the whole model; what is not zero where a GradScaler found on any rank a gradient
+            that is not finite.
+
+        Raises:
+            RuntimeError: the ranks have recorded different losses.
+            What one of them has met.
+        """
+        tally = self._tally()
+        recorded, norms, found = tally.parts
+        chosen = list(losses)
+        recorded[chosen] = 1.0
+        if squares is not None:
+            norms[chosen] = squares
+        if found_inf is not None:
+            found += found_inf.to(found)
+        tally.take_part(None)
+        counts = recorded.tolist()
+        if any(0 < count < self.ranks.count for count in counts):
+            told = ", ".join(f"loss {i} on {count:.0f}" for i, count in enumerate(counts) if count)
+            raise RuntimeError(
+                f"the {self.ranks.count} ranks have recorded different losses for this step ({told}); let next_loss "
+                "choose, with the same losses present on every rank, and give a rank without labels an empty batch"
+            )
+        return None if squares is None else norms[chosen], found
+
+    def _tally(self) -> Tally:
+        return Tally(self.ranks, self._home, self._num_losses, self._num_losses, 1)
+
+
+def _weights_by(method: Method, ask: bool, across: Across | None) -> Callable[[Tensor], Tensor]:
+    """The method's checked weights, on several ranks rank 0's; zeros where there is no use in asking it."""
 
     def weights(gramian: Tensor) -> Tensor:
         if not ask:
             return gramian.new_zeros(len(gramian))
-        return check_method_weights(weights_of(method, gramian), gramian, method)
+        if across is None:
+            return check_method_weights(weights_of(method, gramian), gramian, method)
+        found = gramian.new_zeros(len(gramian))
+        decide_together(across.ranks, method, gramian.clone(), found)
+        return found
 
     return weights
 
@@ -108,19 +189,14 @@ def _has_use_for(ledger: Ledger, losses: Sequence[int], products: Tensor, found_
 
 
 def _scales(
-    segments: Sequence[tuple[Segment, Recorded]],
-    max_norm: float | None,
-    grad_scale: Tensor | None,
-    home: torch.device,
-    backend: str | None,
+    count: int, squares: Tensor | None, max_norm: float | None, grad_scale: Tensor | None, home: torch.device
 ) -> Tensor:
     """What each gradient is multiplied by before it enters its average, (k,) float64."""
-    scales = _ones(len(segments[0][1].losses), home)
+    scales = _ones(count, home)
     if grad_scale is not None:
         scales = scales / grad_scale.to(home, torch.float64).reshape(())
-    if max_norm is not None:
-        parts = [_squares(recorded, backend).to(home) for _, recorded in segments]
-        norms = torch.stack(parts).sum(dim=0).sqrt() * scales
+    if max_norm is not None and squares is not None:
+        norms = squares.sqrt() * scales
         clip = (max_norm / norms).clamp(max=1.0)
         scales = scales * torch.where(torch.isfinite(norms), clip, torch.nan)  # 0 would make a finite gradient vanish
     return scales
@@ -131,8 +207,12 @@ def _ones(count: int, device: torch.device) -> Tensor:
     return torch.ones(count, dtype=torch.float64, device=device)
 
 
-def _squares(recorded: Recorded, backend: str | None) -> Tensor:
-    """The squared norms of one segment's gradients, (k,) float64."""
-    first = recorded.rows[0]
-    rows = Rows(len(recorded.rows), len(first), first.dtype, first.device, None, recorded.rows)
-    return backends.select(first.device, backend).gramian(rows).diagonal()
+def _squares(segments: Sequence[tuple[Segment, Recorded]], home: torch.device, backend: str | None) -> Tensor:
+    """The squared norms of the gradients over all segments, (k,) float64."""
+    total: Tensor | None = None
+    for _, recorded in segments:
+        first = recorded.rows[0]
+        rows = Rows(len(recorded.rows), len(first), first.dtype, first.device, None, recorded.rows)
+        here = backends.select(first.device, backend).gramian(rows).diagonal().to(home)
+        total = here if total is None else total + here
+    return torch.zeros((), dtype=torch.float64, device=home) if total is None else total

@@ -1,0 +1,195 @@
+"""MConFIG on several ranks: what each does, and what a single float64 process does on the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rank_problems import (
+    LOSSES,
+    METHODS,
+    ToldError,
+    averaged,
+    batch,
+    error_of,
+    laid_out,
+    losses_of,
+    network,
+    part,
+    values,
+)
+from torch import Tensor, nn
+from worlds import World, world_of
+
+import fastconfig as fc
+
+two = world_of(2)
+four = world_of(4)
+
+STEPS = 7
+NAMES = [name for name in METHODS if name != "graddrop"]  # which has no weights
+OPTIONS = {
+    "plain": {},
+    "clipped": {"losses_per_step": 2, "max_norm": 0.5, "max_update_norm": 1.0, "weight_decay": 0.1},
+    "random": {"selection": "random"},
+}
+
+
+def trained(model: nn.Module, x: Tensor, name: str, how: str) -> tuple[Tensor, Tensor, list[int]]:
+    """The parameters after some steps, the last weights, and the losses that were drawn."""
+    optimizer = fc.optim.MConFIG(model, lr=0.05, num_losses=LOSSES, method=METHODS[name](), **OPTIONS[how])
+    drawn = []
+    for _ in range(STEPS):
+        for loss in optimizer.next_losses():
+            drawn.append(loss)
+            with optimizer.record(loss):
+                losses_of(model(x))[loss].backward()
+        optimizer.step()
+    return values(model), optimizer.combination.weights, drawn
+
+
+def on_a_rank(rank: int, count: int, layout: str, name: str, how: str) -> tuple[Tensor, Tensor, list[int], int]:
+    model, index, parts, hidden = laid_out(layout, rank, count)
+    torch.manual_seed(rank)
+    return *trained(model, part(batch(), index, parts), name, how), hidden
+
+
+def assert_as_alone(answers: list, name: str, how: str) -> None:
+    for answer in answers[1:]:
+        assert torch.equal(answer[0], answers[0][0])
+        assert torch.equal(answer[1], answers[0][1])
+        assert answer[2] == answers[0][2]
+    theta, weights, drawn, hidden = answers[0]
+    model = network(hidden)
+    torch.manual_seed(0)
+    wanted = trained(model, batch(), name, how)
+    assert drawn == wanted[2]
+    assert (theta - values(network(hidden))).norm() > 0.1
+    torch.testing.assert_close(theta, wanted[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weights, wanted[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", OPTIONS)
+@pytest.mark.parametrize("layout", ["sharded", "tensor", "sequence", "ddp"])
+def test_two_ranks_train_as_one_process(two: World, layout: str, how: str) -> None:
+    assert_as_alone(two.run(on_a_rank, 2, layout, "config", how), "config", how)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["sharded", "ddp"])
+def test_methods_that_draw_or_remember(two: World, layout: str, name: str) -> None:
+    assert_as_alone(two.run(on_a_rank, 2, layout, name, "plain"), name, "plain")
+
+
+@pytest.mark.parametrize("how", ["plain", "clipped"])
+@pytest.mark.parametrize("layout", ["sharded", "hybrid", "tensor and sharded"])
+def test_four_ranks_train_as_one_process(four: World, layout: str, how: str) -> None:
+    assert_as_alone(four.run(on_a_rank, 4, layout, "config", how), "config", how)
+
+
+def misused(rank: int) -> list[str]:
+    model = nn.parallel.DistributedDataParallel(network())
+    optimizer = fc.optim.MConFIG(model, num_losses=LOSSES, losses_per_step=2)
+    x = part(batch(), rank, 2)
+    first, second, _ = losses_of(model(x))
+
+    def twice() -> None:
+        with optimizer.record(0):
+            first.backward(retain_graph=True)
+        with optimizer.record(1):
+            second.backward()
+
+    def unsynchronised() -> None:
+        with model.no_sync(), optimizer.record(0):
+            pass
+
+    return [
+        error_of(lambda: fc.optim.MConFIG(network().parameters(), num_losses=2)),
+        error_of(twice),
+        error_of(unsynchronised),
+    ]
+
+
+def test_gradients_that_nobody_averages_are_refused(two: World) -> None:
+    for plain, twice, unsynchronised in two.run(misused):
+        assert plain.startswith("RuntimeError: 2 processes train, and this MConFIG was given plain parameters")
+        assert twice.startswith("RuntimeError: record(1) backpropagated a forward pass of DistributedDataParallel for")
+        assert unsynchronised.startswith("RuntimeError: record(0) inside no_sync()")
+
+
+def one_fails(rank: int, where: str) -> list:
+    """Rank 1 raises, or does otherwise; then both go on."""
+    model = network()
+    optimizer = fc.optim.MConFIG(
+        model, num_losses=2, losses_per_step=2, selection="random", group=torch.distributed.group.WORLD
+    )
+
+    def record(*losses: int) -> None:
+        for loss in losses:
+            with optimizer.record(loss):
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.grad = averaged(torch.full_like(p, 1.0 + rank + loss))
+
+    def in_record() -> None:
+        record(0)
+        if rank == 1:
+            with optimizer.record(1):
+                raise ToldError("no labels")
+        optimizer.step()
+
+    def in_step() -> None:
+        if rank == 0:
+            with optimizer.record(0):
+                model.scale.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+
+    def other_losses() -> None:
+        with optimizer.record(rank):
+            model.scale.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+
+    told = error_of({"record": in_record, "step": in_step, "losses": other_losses}[where])
+    optimizer.zero_grad()
+    for _ in range(3):
+        record(*optimizer.next_losses())
+        optimizer.step()
+    return [told, values(model)]
+
+
+@pytest.mark.parametrize(
+    ("where", "there", "elsewhere"),
+    [
+        ("record", "ToldError: no labels", "RuntimeError: rank 1 raised ToldError: no labels"),
+        ("step", "RuntimeError: step found no gradient", "RuntimeError: rank 1 raised RuntimeError: step found no"),
+        ("losses", "RuntimeError: the 2 ranks have recorded different losses", "RuntimeError: the 2 ranks have"),
+    ],
+)
+def test_what_a_rank_raises_all_raise_and_all_go_on(two: World, where: str, there: str, elsewhere: str) -> None:
+    first, second = two.run(one_fails, where)
+    assert second[0].startswith(there)
+    assert first[0].startswith(elsewhere)
+    assert torch.equal(first[1], second[1])
+
+
+def with_a_scaler(rank: int) -> tuple[Tensor, int]:
+    """An overflow in one rank's shard alone leaves the step out on both."""
+    model = laid_out("sharded", rank, 2)[0]
+    optimizer = fc.optim.MConFIG(model, num_losses=LOSSES)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    x = part(batch(), rank, 2)
+    for step in range(5):
+        loss = optimizer.next_loss()
+        with optimizer.record(loss):
+            scaler.scale(losses_of(model(x))[loss]).backward()
+            if step == 3 and rank == 1:
+                model.second.weight.grad.to_local().fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update(4.0)
+    return values(model), optimizer.steps_left_out
+
+
+def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(two: World) -> None:
+    (theta, left_out), other = two.run(with_a_scaler)
+    assert left_out == other[1] == 1
+    assert theta.isfinite().all()
+    assert torch.equal(theta, other[0])
