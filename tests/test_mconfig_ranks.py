@@ -106,11 +106,13 @@ def misused(rank: int) -> list[str]:
         error_of(lambda: fc.optim.MConFIG(network().parameters(), num_losses=2)),
         error_of(twice),
         error_of(unsynchronised),
+        error_of(lambda: fc.optim.MConFIG(network(), num_losses=2, sync=torch.distributed.group.WORLD)),
     ]
 
 
 def test_gradients_that_nobody_averages_are_refused(two: World) -> None:
-    for plain, twice, unsynchronised in two.run(misused):
+    for plain, twice, unsynchronised, group in two.run(misused):
+        assert group.startswith("ValueError: sync must be 'auto' or None, got a process group")
         assert plain.startswith("RuntimeError: 2 processes train, and this MConFIG was given plain parameters")
         assert twice.startswith("RuntimeError: record(1) backpropagated a forward pass of DistributedDataParallel for")
         assert unsynchronised.startswith("RuntimeError: record(0) inside no_sync()")

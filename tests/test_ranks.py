@@ -7,9 +7,11 @@ import torch
 from rank_problems import (
     LOSSES,
     METHODS,
+    Net,
     ToldError,
     alone,
     batch,
+    error_of,
     errors_of,
     gradient,
     laid_out,
@@ -17,6 +19,7 @@ from rank_problems import (
     network,
     part,
     recorded_by_hand,
+    values,
 )
 from torch import Tensor, nn
 from worlds import World, world_of
@@ -33,7 +36,7 @@ def step(rank: int, count: int, layout: str, name: str, callables: bool) -> dict
     """One step on the ranks."""
     model, index, parts, hidden = laid_out(layout, rank, count)
     torch.manual_seed(rank)
-    buf = fc.GradientBuffer(model, LOSSES)
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD if layout == "sync" else "auto")
     x = part(batch(), index, parts)
     if callables:
         buf.backward([lambda i=i: losses_of(model(x))[i] for i in range(LOSSES)])
@@ -56,7 +59,15 @@ def assert_as_alone(answers: list[dict], name: str) -> None:
         )
 
 
-SHARED = [("sharded", False), ("sharded", True), ("tensor", False), ("sequence", False), ("ddp", True)]
+SHARED = [
+    ("sharded", False),
+    ("sharded", True),
+    ("tensor", False),
+    ("sequence", False),
+    ("ddp", True),
+    ("sync", False),
+    ("sync", True),
+]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -66,7 +77,7 @@ def test_two_ranks_combine_as_one_process(two: World, layout: str, callables: bo
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("layout", ["sharded", "hybrid", "tensor and sharded", "tensor"])
+@pytest.mark.parametrize("layout", ["sharded", "hybrid", "tensor and sharded", "tensor", "sync"])
 def test_four_ranks_combine_as_one_process(four: World, layout: str, name: str) -> None:
     assert_as_alone(four.run(step, 4, layout, name, False), name)
 
@@ -85,7 +96,7 @@ def test_plain_parameters_need_a_word_on_how_their_gradients_meet(two: World) ->
     for module, pairs, nonsense, silenced in two.run(plain_parameters):
         assert module.startswith("RuntimeError: 2 processes train, and this GradientBuffer was given plain parameters")
         assert pairs == module
-        assert nonsense == "ValueError: sync must be 'auto' or None, got 'nonsense'"
+        assert nonsense == "ValueError: sync must be 'auto', a process group or None, got 'nonsense'"
         assert silenced == ""
 
 
@@ -348,3 +359,163 @@ def refused(rank: int) -> list[str]:
 def test_buffers_of_ranks_are_not_copied(two: World) -> None:
     for told in two.run(refused):
         assert all(text.startswith("TypeError: a GradientBuffer of several ranks cannot be copied") for text in told)
+
+
+def shared_out(rank: int) -> dict:
+    """Rows that the ranks share out."""
+    everyone = torch.distributed.group.WORLD
+    torch.manual_seed(rank)
+    model = Net().double()  # another one on each rank
+    buf = fc.GradientBuffer(model, LOSSES, sync=everyone)
+    begins = values(model)
+    x = part(batch(), rank, 2)
+    (segment,) = buf.segments
+    buf.backward(losses_of(model(x)))
+    buf.combine(sharded=True)
+    hidden = all(p.grad is None for p in model.parameters())
+    shares, columns = segment.share.clone(), segment.columns
+    buf.combine(stale="use")
+    whole = gradient(model)
+    halves = x.split(2)
+    for half in halves:
+        buf.backward([loss / 2 for loss in losses_of(model(half))], accumulate=True)
+    accumulated = buf.gramian()
+    buf.backward(losses_of(model(x)))
+    once = buf.gramian()
+    return {
+        "begins": begins,
+        "hidden": hidden,
+        "share": shares[: columns[1] - columns[0]],
+        "whole": whole,
+        "shape": tuple(buf.rows.shape),
+        "accumulated": accumulated,
+        "once": once,
+    }
+
+
+def test_rows_are_shared_out(two: World) -> None:
+    answers = two.run(shared_out)
+    for answer in answers:
+        assert torch.equal(answer["begins"], answers[0]["begins"])
+        assert answer["hidden"]
+        assert torch.equal(torch.cat([a["share"] for a in answers]), answer["whole"])
+        assert answer["shape"] == (LOSSES, 64)  # of 105 columns, and so many that shares begin where lines do
+        assert (answer["accumulated"] - answer["once"]).abs().max() < 1e-9 * answer["once"].max()
+
+
+def of_its_own(rank: int) -> tuple[Tensor, tuple[int, ...], Tensor, str]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    task = (0, 2)[rank]
+    buf.backward_own(task, lambda: losses_of(model(batch()))[task])
+    made = buf.combine(fc.UPGrad())
+    plain = fc.GradientBuffer(network(), LOSSES, sync=None)
+    return gradient(model), made.absent, made.gramian, error_of(lambda: plain.backward_own(0, lambda: None))
+
+
+def test_each_rank_may_backpropagate_a_loss_of_its_own(two: World) -> None:
+    first, second = two.run(of_its_own)
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES)
+    losses = losses_of(model(batch()))
+    buf.backward([losses[0], None, losses[2]])
+    wanted = buf.combine(fc.UPGrad())
+    assert torch.equal(first[0], second[0])
+    assert first[1] == second[1] == (1,)
+    torch.testing.assert_close(first[0], gradient(model))
+    torch.testing.assert_close(first[2], wanted.gramian)
+    assert first[3].startswith("ValueError: backward_own is of a buffer with sync=group")
+
+
+def several_ranks_of_a_loss(rank: int) -> Tensor:
+    model = network()
+    buf = fc.GradientBuffer(model, 2, sync=torch.distributed.group.WORLD)
+    buf.backward_own(rank // 2, losses_of(model(part(batch(), rank % 2, 2)))[rank // 2])
+    return buf.combine().gramian
+
+
+def test_ranks_of_one_loss_are_averaged(four: World) -> None:
+    model = network()
+    buf = fc.GradientBuffer(model, 2)
+    buf.backward(losses_of(model(batch()))[:2])
+    for gramian in four.run(several_ranks_of_a_loss):
+        torch.testing.assert_close(gramian, buf.combine().gramian)
+
+
+def one_fails_where_rows_are_shared(rank: int, where: str) -> list:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    x = part(batch(), rank, 2)
+
+    def loss(i: int) -> Tensor:
+        if rank == 1 and i == 1:
+            raise ToldError("no labels")
+        return losses_of(model(x))[i]
+
+    def in_record() -> None:
+        for i in range(LOSSES):
+            with buf.record(i):
+                loss(i).backward()
+
+    cases = {
+        "record": in_record,
+        "backward": lambda: buf.backward([lambda i=i: loss(i) for i in range(LOSSES)]),
+        "own": lambda: buf.backward_own(1, lambda: loss(1)),
+        "combine": lambda: buf.combine(stale="nonsense" if rank else "use"),
+    }
+    told = error_of(cases[where])
+    nothing = error_of(buf.combine)
+    buf.backward([losses_of(model(x))[0], None, losses_of(model(x))[2] if rank else None])
+    made = buf.combine()
+    return [told, nothing, gradient(model), made.absent]
+
+
+@pytest.mark.parametrize("where", ["record", "backward", "own", "combine"])
+def test_a_rank_that_fails_where_rows_are_shared_ends_the_step_on_all(two: World, where: str) -> None:
+    first, second = two.run(one_fails_where_rows_are_shared, where)
+    error = "ValueError: stale must be" if where == "combine" else "ToldError: no labels"
+    assert second[0].startswith(error)
+    assert first[0].startswith(("RuntimeError: rank 1 raised ToldError", "ValueError: rank 1 raised ValueError"))
+    assert first[1].startswith("RuntimeError: combine found nothing to combine")
+    assert first[1] == second[1]
+    assert torch.equal(first[2], second[2])
+    assert first[3] == second[3] == (1,)
+
+
+def sync_misused(rank: int) -> list[str]:
+    everyone = torch.distributed.group.WORLD
+    wrapped = nn.parallel.DistributedDataParallel(network())
+    return errors_of(
+        lambda: fc.GradientBuffer(wrapped, 2, sync=everyone),
+        lambda: fc.GradientBuffer(network(), 2, sync=everyone, group=everyone),
+        lambda: fc.GradientBuffer(laid_out("sharded", rank, 2)[0], 2, sync=everyone),
+        lambda: fc.GradientBuffer(nn.Linear(2, 2 + rank), 2, sync=everyone),
+    )
+
+
+def test_sync_is_of_plain_replicas(two: World) -> None:
+    for wrapped, both, sharded, other in two.run(sync_misused):
+        assert wrapped.startswith("ValueError: sync= was given with a module within DistributedDataParallel")
+        assert both.startswith("ValueError: sync and group were both given")
+        assert sharded.startswith("ValueError: sync= is for plain replicas, and some parameters are DTensors")
+        assert other.startswith("RuntimeError: sync= is for replicas, and rank 1 has other parameters than rank 0")
+
+
+def refreshed(rank: int) -> tuple[tuple[int, ...], Tensor]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    buf.backward(losses_of(model(part(batch(), rank, 2))))
+    model.frozen.requires_grad_()
+    buf.refresh()
+    nothing = error_of(buf.combine)
+    assert nothing.startswith("RuntimeError: combine found nothing")
+    buf.backward(losses_of(model(part(batch(), rank, 2))))
+    buf.combine()
+    model.frozen.requires_grad_(False)
+    return tuple(buf.rows.shape), gradient(model)
+
+
+def test_refresh_takes_in_what_is_new(two: World) -> None:
+    for shape, grad in two.run(refreshed):
+        assert shape == (LOSSES, 64)
+        torch.testing.assert_close(grad, alone("config", 7)["grad"])

@@ -150,17 +150,31 @@ class Together:
 
     Args:
         ranks: those that hold a part of the model.
-        layout: who holds what.
-        segments: this rank's columns, ordered by the layout.
+        parts: what this rank holds.
+        numbers: of each parameter here, its number among those of the whole model.
+        names: how many these are.
         num_losses: m.
 
     Attributes:
         is_nothing_reached: whether, in the last ``sum_up``, no loss had reached a parameter on any rank.
     """
 
-    def __init__(self, ranks: Ranks, layout: Layout, segments: Sequence[Columns], num_losses: int) -> None:
+    def __init__(
+        self, ranks: Ranks, parts: Sequence[Held], numbers: Sequence[int], names: int, num_losses: int
+    ) -> None:
         self.ranks = ranks
-        self._parts = [
+        self._parts = parts
+        self._numbers = numbers
+        self._names = names
+        self._num_losses = num_losses
+        self._home = parts[0].out.device
+        self._are_copies_checked = False
+        self.is_nothing_reached = False
+
+    @classmethod
+    def by_layout(cls, ranks: Ranks, layout: Layout, segments: Sequence[Columns], num_losses: int) -> Together:
+        """Of ranks that hold what a layout says, in segments that it ordered."""
+        parts = [
             Held(
                 segment.description,
                 segment.grad,
@@ -169,12 +183,8 @@ class Together:
             )
             for segment in segments
         ]
-        self._numbers = [layout.number(parameter) for segment in segments for parameter in segment.parameters]
-        self._names = len(layout.names)
-        self._num_losses = num_losses
-        self._home = segments[0].device
-        self._are_copies_checked = False
-        self.is_nothing_reached = False
+        numbers = [layout.number(parameter) for segment in segments for parameter in segment.parameters]
+        return cls(ranks, parts, numbers, len(layout.names), num_losses)
 
     def fail(self, error: Exception) -> None:
         """Take part in the combination that the others wait for, by saying what has gone wrong here; it is raised."""
@@ -223,8 +233,8 @@ class Together:
         if scale is not None:
             gramian /= scale.square()
         if is_streaming(method):
-            self._combine_rows(method)
             self.ranks.broadcast(gramian)
+            self._combine_rows(method)
             weights.fill_(torch.nan)
             return
         decide(self.ranks, check_weights_of(method), gramian, weights)

@@ -18,6 +18,7 @@ from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
 from fastconfig.gradients.across import Together
 from fastconfig.gradients.combination import Combination, combine_segments
+from fastconfig.gradients.exchange import SharedRows, SharedSegment, make_equal, together_over
 from fastconfig.gradients.forgotten import Reminder, frames_to_scaler, words_for
 from fastconfig.gradients.heads import OutsideParameters
 from fastconfig.gradients.landing import GradientRows, Recording, Shown
@@ -27,6 +28,7 @@ from fastconfig.gradients.memory import aligned_rows
 from fastconfig.gradients.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
 from fastconfig.gradients.parts import By, rows_of_parts
 from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
+from fastconfig.gradients.ranks import Ranks, is_group, is_told
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
 
@@ -81,8 +83,10 @@ class GradientBuffer:
         num_losses: m, the number of losses; or m names of theirs, for ``record`` and for errors, tables and pictures.
         sync: ``"auto"``: where torch.distributed runs several processes, the parameters tell how their gradients meet:
             DTensors (``fully_shard``, tensor parallel) by themselves, a module within ``DistributedDataParallel`` by
-            that, others as ``group`` says, and it is an error if nothing does. None: this process trains for itself, or
-            its user brings rows together.
+            that, others as ``group`` says, and it is an error if nothing does. A process group: of plain replicas,
+            whose gradients are averaged here, without DistributedDataParallel: each rank keeps its share of every row,
+            (m, n/W), and m backward passes through one forward pass are right. Parameters are made rank 0's. None:
+            this process trains for itself, or its user brings rows together.
         group: the process group of all ranks that hold a part of the model, where that does not follow from the
             parameters: pipeline stages, experts. Plain parameters of one name are then copies, whose gradients are
             equal on the ranks that have them.
@@ -165,7 +169,11 @@ class GradientBuffer:
 
     @property
     def rows(self) -> Tensor:
-        """(m, n) view of the gradients, row i loss i's. ValueError where the buffer has several segments."""
+        """(m, n) view of the gradients, row i loss i's. ValueError where the buffer has several segments.
+
+        With ``sync=group`` (m, s): this rank's share of the columns.
+        """
+        self._rows.settle()
         return self._only_segment("rows").rows
 
     @property
@@ -189,15 +197,19 @@ class GradientBuffer:
         """Take in parameters that need a gradient now and did not when the buffer was made, or are new in the module.
 
         The rows of the parameters that stay keep their content, with zeros for what is new; those of parameters that
-        the module no longer has are gone. ``rows``, ``grad`` and ``segments`` are new tensors afterwards, and a
-        ``p.grad`` stays a view of the old ones until the next ``combine``. While it runs, old and new rows are in
-        memory.
+        the module no longer has are gone. Rows that ranks share out (``sync=group``) begin as zeros. ``rows``, ``grad``
+        and ``segments`` are new tensors afterwards, and a ``p.grad`` stays a view of the old ones until the next
+        ``combine``. While it runs, old and new rows are in memory.
 
         Raises:
             RuntimeError: inside ``record``.
             TypeError, ValueError: as the constructor; nothing has changed.
         """
         self._rows.check_not_recording("refresh")
+        if self._shared is not None:
+            self._build(kept=self._rows.parameters)
+            self._states, self._absent = [_EMPTY] * self._num_losses, [False] * self._num_losses
+            return
         old, old_views = self._rows, [self._rows.shown(i).views for i in range(self._num_losses)]
         self._build(kept=old.parameters)
         place = {
@@ -288,8 +300,8 @@ class GradientBuffer:
                 if i == last:
                     self._wrappers.release()
                 if loss is None:
+                    rows.leave_out(i, adds[i])
                     if not adds[i]:
-                        rows.forget(i)
                         self._states[i], self._absent[i] = _NEW, True
                     continue
                 rows.open(i, self._calls[i], adds[i])
@@ -312,12 +324,48 @@ class GradientBuffer:
         rows.end(complete=True)
         self._outside.after()
 
+    def backward_own(self, task: int | str, loss: Tensor | Callable[[], Tensor], *, retain_graph: bool = False) -> None:
+        """Backpropagate one loss on this rank, others on other ranks, and bring all of them to all rows.
+
+        One backward pass a rank gives m fresh gradients, of a buffer with ``sync=group`` on W ≥ m ranks. Each row is
+        the average over the ranks that took its loss, so it is of their part of the batch alone: with W = m of one
+        rank's, whose gradient has √m times the noise that ``backward`` on all ranks would leave. A loss that no rank
+        took is absent. What was recorded before is overwritten.
+
+        Args:
+            task: the loss of this rank, by number or name.
+            loss: it, or a callable that returns it.
+            retain_graph: keep the graph.
+
+        Raises:
+            ValueError: the buffer was made without ``sync=group``; as of ``backward``.
+            TypeError, IndexError, RuntimeError: as of ``backward`` and ``record``.
+        """
+        shared, row = self._shared, self._losses.index(task)
+        if shared is None:
+            raise ValueError("backward_own is of a buffer with sync=group, whose ranks bring gradients together by it")
+        shared.begin("backward_own")
+        try:
+            shared.open(row, self._calls[row], adds=True)
+            value = loss if isinstance(loss, Tensor) else loss()
+            self._losses.check_one(value, row)
+            _backward(value, retain_graph)
+            taken = shared.close_own(row)
+        except BaseException as failed:
+            shared.end(complete=False)
+            self._tell_failure(failed)
+            raise
+        shared.end(complete=True)
+        self._states = [_NEW] * self._num_losses
+        self._absent = [i not in taken for i in range(self._num_losses)]
+
     def combine(
         self,
         method: Method | StreamingMethod | str | None = None,
         *,
         scaler: Scaler | None = None,
         stale: Stale = "warn",
+        sharded: bool = False,
     ) -> Combination:
         """Combine the rows into ``grad`` and make every ``p.grad`` a view of it.
 
@@ -336,6 +384,9 @@ class GradientBuffer:
                 (``NashMTL``, ``SDMGrad``, ``InverseNorm``, ...) solves another problem. Nothing waits for the device.
             stale: what to do where some rows were recorded since the last ``combine`` and others were not and still
                 hold gradients of a step before: ``"warn"`` once, ``"error"``, or ``"use"`` them silently.
+            sharded: of a buffer with ``sync=group``: leave the combined gradient where its rows are, in
+                ``segments[i].share``, for an optimizer that shares out its state; every ``p.grad`` ends as None. Of
+                other buffers gradients lie where their parameters do, and it changes nothing.
 
         Raises:
             RuntimeError: inside ``record``; nothing was recorded since the buffer was made or zeroed; a row is stale
@@ -346,9 +397,14 @@ class GradientBuffer:
         try:
             rule = self._checked_for_combining(method, stale)
         except Exception as error:
-            if self._together is not None:
+            if self._shared is not None:
+                self._shared.call_roll(error)
+            elif self._together is not None:
                 self._together.fail(error)
             raise
+        if self._shared is not None:
+            self._shared.call_roll(None)
+        self._rows.settle()
         home = self.segments[0].device
         gramian, weights = self._fresh_record()
         scale = None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64, device=home))
@@ -360,11 +416,13 @@ class GradientBuffer:
                 )
             else:
                 reached, absent = self._combine_across(self._together, rule, gramian, weights, scale)
+                for segment in self._shared.segments if self._shared is not None and not sharded else ():
+                    segment.gather()
         except NonFiniteError as error:
             raise self._losses.with_name(error) from None
         if scaler is not None:
             self._leave_overflow_to_be_found(gramian, reached)
-        self._hang_grad(reached)
+        self._hang_grad(reached if self._shared is None or not sharded else (False,) * len(reached))
         rtol = (rule if isinstance(rule, ConFIG) else DEFAULT_METHOD).rule.rtol
         self.combination = Combination(gramian, weights, rtol, self._losses, absent)
         self._states = [_USED if state == _NEW else state for state in self._states]
@@ -436,6 +494,7 @@ class GradientBuffer:
             TypeError: a function that answers anything but a str.
         """
         self._rows.check_not_recording("gramian")
+        self._rows.settle()
         if by is None:
             if self._together is not None:
                 return self._together.gramian()
@@ -525,14 +584,8 @@ class GradientBuffer:
         check_in_memory(tensors)
         wanted = list({id(p): p for p in tensors if p.requires_grad or id(p) in staying}.values())
         ranks = ranks_of(self._source.module, wanted, self._sync, self._group, "GradientBuffer")
-        layout = None if ranks is None else Layout(wanted, names, ranks, identities_of(self._local))
-        segments = [
-            Segment(kind if layout is None else layout.ordered(kind), self._num_losses) for kind in by_kind(wanted)
-        ]
-        self._rows = GradientRows(segments, self._num_losses, "GradientBuffer", vectors=self._num_losses + 1)
-        self._together: Together | None = None
-        if ranks is not None and layout is not None:
-            self._together = Together(ranks, layout, segments, self._num_losses)
+        self._rows, self._together = self._rows_on(ranks, wanted, names)
+        self._shared = self._rows if isinstance(self._rows, SharedRows) else None
         self._source.read_again()
         self._watch = Watch(self._source, wanted, "GradientBuffer")
         places = {id(parameter): i for i, parameter in enumerate(self._rows.parameters)}
@@ -542,6 +595,22 @@ class GradientBuffer:
         self._shown = Shown(
             [view for segment in self.segments for view in segment.views(segment.grad)], self._rows.parameters
         )
+
+    def _rows_on(
+        self, ranks: Ranks | None, wanted: Sequence[Tensor], names: dict[int, str] | None
+    ) -> tuple[GradientRows[Any], Together | None]:
+        """Rows for these parameters, and how their ranks combine."""
+        m, owner, kinds = self._num_losses, "GradientBuffer", by_kind(wanted)
+        if ranks is None:
+            return GradientRows([Segment(kind, m) for kind in kinds], m, owner, vectors=m + 1), None
+        if is_group(self._sync):
+            make_equal(wanted, ranks)
+            shares = [SharedSegment(kind, m, ranks) for kind in kinds]
+            return SharedRows(shares, m, owner, vectors=m + 1, ranks=ranks), together_over(shares, ranks, m)
+        layout = Layout(wanted, names, ranks, identities_of(self._local))
+        segments = [Segment(layout.ordered(kind), m) for kind in kinds]
+        together = Together.by_layout(ranks, layout, segments, m)
+        return GradientRows(segments, m, owner, vectors=m + 1), together
 
     def _adds(self, row: int, accumulate: bool | None, call: str, frames: int = 3) -> bool:
         """Whether what is recorded next is to be added to the row."""
@@ -584,7 +653,16 @@ class GradientBuffer:
 
     def _tell_failure(self, failed: BaseException | None) -> None:
         """Tell the other ranks, who are on their way to ``combine``, that this one's step is over; raises it."""
-        if self._together is not None and isinstance(failed, Exception):
+        if self._together is None or not isinstance(failed, Exception):
+            return
+        if is_told(failed):  # by another rank, as this one was about to exchange its gradient
+            self.zero()
+        elif self._shared is not None:
+            try:
+                self._shared.call_roll(failed)
+            finally:
+                self.zero()
+        else:
             self.zero()
             self._together.fail(failed)
 

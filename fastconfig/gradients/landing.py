@@ -40,8 +40,9 @@ class Segment:
         dtype: of the rows; by default that of the gradients.
 
     Attributes:
-        rows: (k, n_segment), contiguous rows a multiple of ``memory.ROW_BYTES`` apart, where gradients land. Complex
-            parameters stand here as their real view, two columns an element.
+        rows: (k, n_segment), contiguous rows a multiple of ``memory.ROW_BYTES`` apart. Complex parameters stand here as
+            their real view, two columns an element.
+        landing: where gradients land: the rows.
         parameters: those whose gradients lie here, in column order, each in the order of its own memory.
         starts: the first column of each parameter.
         n: the number of columns.
@@ -56,6 +57,7 @@ class Segment:
         *starts, self.n = accumulate(map(columns_of, parameters), initial=0)
         self.starts = tuple(starts)
         self.rows = aligned_rows(count, self.n, self.dtype, self.device)
+        self.landing = self.rows
         self.description = Rows(count, self.n, self.dtype, self.device, self.rows, ())
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -132,7 +134,7 @@ class _Plan(NamedTuple):
     """Runs of the row's columns of the parameters that have none, to be zero."""
 
 
-class _Row:
+class Row:
     """One row, seen by parameter.
 
     Args:
@@ -147,7 +149,7 @@ class _Row:
         self._plain = plain
         self._plans: dict[tuple[bool, ...], _Plan] = {}
         self.shown = Shown(
-            [view for segment in segments for view in segment.views(segment.rows[row])],
+            [view for segment in segments for view in segment.views(segment.landing[row])],
             [parameter for segment in segments for parameter in segment.parameters],
         )
 
@@ -178,7 +180,7 @@ class _Row:
         gaps: list[Tensor] = []
         given = iter(flags)
         for segment in self._segments:
-            row, begin = segment.rows[self._row], 0
+            row, begin = segment.landing[self._row], 0
             for start, parameter in zip(segment.starts, segment.parameters, strict=True):
                 end = start + columns_of(parameter)
                 if next(given):
@@ -227,6 +229,7 @@ class GradientRows(Generic[Place]):
         count: k.
         owner: the class that errors name.
         vectors: how many vectors of the parameters' size that one holds, these rows among them.
+        hooks: whether large gradients go home while the backward pass runs.
 
     Attributes:
         segments: as given.
@@ -235,10 +238,10 @@ class GradientRows(Generic[Place]):
         recording: the call of the user's that records a row now, if any.
     """
 
-    def __init__(self, segments: Sequence[Place], count: int, owner: str, vectors: int) -> None:
+    def __init__(self, segments: Sequence[Place], count: int, owner: str, vectors: int, hooks: bool = True) -> None:
         self.segments = tuple(segments)
         self.parameters = tuple(parameter for segment in segments for parameter in segment.parameters)
-        self._matrices = [segment.rows for segment in segments]
+        self._matrices = [segment.landing for segment in segments]
         self._nothing = (False,) * len(self.parameters)
         self.reached: list[tuple[bool, ...]] = [self._nothing] * count
         self.recording: str | None = None
@@ -254,14 +257,14 @@ class GradientRows(Generic[Place]):
         self._all_show = all(self._shows)
         # A parameter that is frozen, as one may be after refresh(), takes no hook, and needs none.
         self._hooked = [
-            shows and p.requires_grad and not is_sharded(p) and p.numel() * p.element_size() >= HOOKED_BYTES
+            hooks and shows and p.requires_grad and not is_sharded(p) and p.numel() * p.element_size() >= HOOKED_BYTES
             for p, shows in zip(self.parameters, self._shows, strict=True)
         ]
         self._plain = [
             shows and not hooked and not is_sharded(p) and p.device.type == "cpu" and p.is_contiguous()
             for p, shows, hooked in zip(self.parameters, self._shows, self._hooked, strict=True)
         ]
-        self._rows: list[_Row | None] = [None] * count
+        self._rows: list[Row | None] = [None] * count
         self._identities = frozenset(map(id, self.parameters))
         self._before: list[Tensor | None] = []
         self._landing = _Landing()
@@ -296,6 +299,14 @@ class GradientRows(Generic[Place]):
         for segment in self.segments:
             segment.rows[row].zero_()
         self.reached[row] = self._nothing
+
+    def leave_out(self, row: int, adds: bool) -> None:
+        """A loss has no gradient in this step: its row is zero, or, where it ``adds``, stays what it is."""
+        if not adds:
+            self.forget(row)
+
+    def settle(self) -> None:
+        """Wait until the rows hold what was recorded: at once, where no rank waits for another."""
 
     def begin(self, call: str) -> None:
         """Take every ``p.grad`` away and keep it until ``end``.
@@ -333,7 +344,7 @@ class GradientRows(Generic[Place]):
         plan = home.plan_for(flags)
         if adds:
             self._bring(grads, plan.added, home.shown.views, adds)
-            self.reached[row] = _either(self.reached[row], flags)
+            self.reached[row] = either(self.reached[row], flags)
             return
         left = plan.others
         if plan.copies:
@@ -394,10 +405,10 @@ class GradientRows(Generic[Place]):
         """Whether every parameter's memory is where it was: the quick question."""
         return self._sweep.lies_where_it_did()
 
-    def _row(self, row: int) -> _Row:
+    def _row(self, row: int) -> Row:
         found = self._rows[row]
         if found is None:
-            found = self._rows[row] = _Row(self.segments, row, self._plain)
+            found = self._rows[row] = Row(self.segments, row, self._plain)
         return found
 
     def _bring(
@@ -488,7 +499,8 @@ class Recording:
             self._done(self._row, self._adds, failed)
 
 
-def _either(some: tuple[bool, ...], others: tuple[bool, ...]) -> tuple[bool, ...]:
+def either(some: tuple[bool, ...], others: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Flag by flag, whether one of both is set."""
     return tuple([a or b for a, b in zip(some, others, strict=True)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from fastconfig.gradients.local import is_sharded
-from fastconfig.gradients.ranks import Ranks, world
+from fastconfig.gradients.ranks import Ranks, is_group, world
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Sync = Literal["auto"] | None
-"""``"auto"``: told from the parameters; None: every process for itself."""
+Sync: TypeAlias = "Literal['auto'] | ProcessGroup | None"
+"""``"auto"``: told from the parameters; a group: of replicas, to be averaged; None: every process for itself."""
 
 
 def ranks_of(
@@ -37,21 +37,38 @@ def ranks_of(
         RuntimeError: there are several processes, and nothing says how the gradients of plain parameters meet.
         ValueError: DTensors on a mesh that has no group of its own; ``sync`` or ``group`` are something else.
     """
+    if is_group(sync):
+        _check_replicas(module, parameters, group)
+        return None if torch.distributed.get_world_size(sync) == 1 else Ranks(sync)
     if sync not in ("auto", None):
-        raise ValueError(f"sync must be 'auto' or None, got {sync!r}")
+        raise ValueError(f"sync must be 'auto', a process group or None, got {sync!r}")
     everyone = world()
     if everyone is None or sync is None:
         return None
     found = group if group is not None else _group_of_meshes(parameters) or _group_of_ddp(module, parameters)
     if found is None:
+        hint = ", or sync=group, which averages them" if owner == "GradientBuffer" else ""
         raise RuntimeError(
             f"{torch.distributed.get_world_size()} processes train, and this {owner} was given plain parameters, so "
             "each would combine its own gradients and go its own way. Give it the module that is wrapped in "
             "DistributedDataParallel or made of DTensors by fully_shard, or group= where the gradients of parameters "
-            "named alike are already equal on all ranks; or say sync=None where every process trains for itself"
+            f"named alike are already equal on all ranks{hint}; or say sync=None where every process trains for itself"
         )
     ranks = Ranks(found)
     return None if ranks.count == 1 else ranks
+
+
+def _check_replicas(module: Module | None, parameters: Sequence[Tensor], group: ProcessGroup | None) -> None:
+    """ValueError where somebody else averages the gradients."""
+    if group is not None:
+        raise ValueError("sync and group were both given; sync= is for plain replicas, and names their group")
+    if any(map(is_sharded, parameters)):
+        raise ValueError("sync= is for plain replicas, and some parameters are DTensors, which need no word; leave it")
+    if ddp_modules(module):
+        raise ValueError(
+            "sync= was given with a module within DistributedDataParallel, which averages gradients itself; leave out "
+            "one of both"
+        )
 
 
 def _group_of_meshes(parameters: Sequence[Tensor]) -> ProcessGroup | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -60,12 +60,21 @@ class Ranks:
         """Raise on every rank what one rank has met: there the error itself, elsewhere one that names the rank."""
         known = self.tell(_as_sent(error), rank)
         if error is not None:
+            setattr(error, _TOLD, True)
             raise error
         message = f"rank {rank} raised {type(known).__name__}: {known}; the step is over on every rank"
-        for kind in (FloatingPointError, ValueError, TypeError):
-            if isinstance(known, kind):
-                raise kind(message) from known
-        raise RuntimeError(message) from known
+        kinds = (FloatingPointError, ValueError, TypeError)
+        told = next((kind for kind in kinds if isinstance(known, kind)), RuntimeError)(message)
+        setattr(told, _TOLD, True)
+        raise told from known
+
+
+_TOLD = "_fastconfig_is_told"
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether every rank knows of an error already."""
+    return getattr(error, _TOLD, False)
 
 
 def _as_sent(error: Exception | None) -> Exception | None:
@@ -75,6 +84,11 @@ def _as_sent(error: Exception | None) -> Exception | None:
     except Exception:  # whatever its class does when it is taken apart
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+def is_group(value: object) -> TypeGuard[ProcessGroup]:
+    """Whether something is a process group."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
 def world() -> ProcessGroup | None:

@@ -76,8 +76,9 @@ class GradDrop:
                 "GradDrop cannot be recorded by make_fx or a torch.export that is not strict: its seed would be a "
                 "constant of the graph, and every run would mask the same gradients; use torch.compile"
             )
-        rows = parts[0][1]
-        self._bring_to(rows.device, rows.m)
+        if parts:  # a rank may have no column
+            rows = parts[0][1]
+            self._bring_to(rows.device, rows.m)
         if columns is None:
             columns = list(accumulate((rows.n for _, rows, _ in parts[:-1]), initial=0))
         for (backend, rows, out), column in zip(parts, columns, strict=True):

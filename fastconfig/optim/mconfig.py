@@ -21,6 +21,7 @@ from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Losses
 from fastconfig.gradients.parameters import Source, Watch, check_in_memory, trained
 from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
+from fastconfig.gradients.ranks import is_group
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful, method_of
 from fastconfig.optim.averages import Averages
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
@@ -72,7 +73,8 @@ class MConFIG(Optimizer):
         maximize: ascend.
         differentiable: must be False.
         backend: as in ``fc.combine``.
-        sync, group, local: as of ``fc.GradientBuffer``: how the gradients of several ranks meet. Products of averages
+        sync, group, local: as of ``fc.GradientBuffer``: how the gradients of several ranks meet; but ``sync`` is no
+            group, as DistributedDataParallel averages the one backward pass of a step for no more. Products of averages
             are summed over the columns that each rank owns, rank 0 asks the method, and every rank draws the same
             losses. The constructor, ``step`` and ``refresh`` are then calls of all ranks.
 
@@ -146,6 +148,11 @@ class MConFIG(Optimizer):
         self._max_update_norm = checked_norm("max_update_norm", max_update_norm)
         self._state_dtype = state_dtype
         self._backend = backend
+        if is_group(sync):
+            raise ValueError(
+                "sync must be 'auto' or None, got a process group: MConFIG averages no gradients; give it the module "
+                "within DistributedDataParallel, which sends no more for its one backward pass a step"
+            )
         self._sync, self._group, self._local = sync, group, tuple(local)
         self._selector = LossSelector(selection, m, losses_per_step, generator)
         self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
