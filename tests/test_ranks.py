@@ -519,3 +519,34 @@ def test_refresh_takes_in_what_is_new(two: World) -> None:
     for shape, grad in two.run(refreshed):
         assert shape == (LOSSES, 64)
         torch.testing.assert_close(grad, alone("config", 7)["grad"])
+
+
+def monitored(rank: int, count: int, layout: str, folder: str) -> tuple:
+    model, index, parts, _ = laid_out(layout, rank, count)
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD if layout == "sync" else "auto")
+    x = part(batch(), index, parts)
+    with fc.ConflictMonitor(buf, csv=f"{folder}/run.csv", modules_every=1) as monitor:
+        for _ in range(2):
+            buf.backward([lambda i=i: losses_of(model(x))[i] for i in range(LOSSES)])
+            buf.combine()
+            monitor.step()
+    monitor.plot(f"{folder}/run.png")
+    by_parameter = buf.gramian(by="parameter")
+    return {name.removeprefix("module."): k for name, k in by_parameter.items()}, repr(monitor.by_module())
+
+
+@pytest.mark.parametrize("layout", ["sharded", "tensor", "ddp", "sync"])
+def test_a_monitor_watches_all_ranks_and_writes_once(two: World, layout: str, tmp_path) -> None:
+    first, second = two.run(monitored, 2, layout, str(tmp_path))
+    hidden = 8 if layout == "tensor" else 7
+    model = network(hidden)
+    buf = fc.GradientBuffer(model, LOSSES)
+    buf.backward(losses_of(model(batch())))
+    wanted = buf.gramian(by="parameter")
+    assert first[1] == second[1]
+    assert first[0].keys() == second[0].keys() == wanted.keys()
+    for name, gramian in wanted.items():
+        assert torch.equal(first[0][name], second[0][name])
+        torch.testing.assert_close(first[0][name], gramian, rtol=1e-9, atol=1e-9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.png"]
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 3

@@ -127,6 +127,9 @@ class ConflictMonitor:
         TypeError, ValueError: an argument that cannot be; the message names it, its value and the remedy.
         OSError: ``csv`` cannot be written.
 
+    On several ranks every rank has the records, which are equal, and rank 0 alone writes: file, writer and pictures.
+    ``by_module`` and ``look_at_modules``, and ``step`` with ``modules_every``, are calls of all ranks.
+
     A loss that is absent from a step, ``None`` in ``buf.backward``, is a gap in its records: NaN, not 0.
 
     Example:
@@ -171,9 +174,10 @@ class ConflictMonitor:
         self._names = buffer.names
         self._every = every
         self._modules_every = modules_every
-        self._writer = writer
+        self._writes = getattr(buffer, "rank", 0) == 0
+        self._writer = writer if self._writes else None
         self._remembers = memory
-        self._path = None if csv is None else Path(csv)
+        self._path = None if csv is None or not self._writes else Path(csv)
         self._absent: list[tuple[int, ...]] = []
         self._calls = 0
         m = len(self._names)
@@ -277,7 +281,7 @@ class ConflictMonitor:
         """Draw the records: mean cosines of all pairs, cosines, norms, weights and conflict rate over time. Flushes.
 
         Args:
-            path: the picture, .png, .svg or .pdf; replaced whole or left as it is.
+            path: the picture, .png, .svg or .pdf; replaced whole or left as it is. On several ranks rank 0 draws it.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -286,6 +290,8 @@ class ConflictMonitor:
             OSError: it cannot be written.
         """
         history = self.history
+        if not self._writes:
+            return
         if not len(history):
             raise RuntimeError("plot found nothing to draw: nothing was recorded yet; call step() after combine first")
         if importlib.util.find_spec("matplotlib") is None:

@@ -5,7 +5,7 @@ What travels is m×m: K, with a flag a parameter and one a rank, in one sum, the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients.combination import weights_of
 from fastconfig.gradients.layout import Layout, Region
+from fastconfig.gradients.parts import Run
 from fastconfig.gradients.ranks import Ranks
 from fastconfig.methods import (
     ConFIG,
@@ -45,6 +46,8 @@ class Held(NamedTuple):
     out: Tensor
     """(n_held,), for the combined gradient."""
     regions: Sequence[Region]
+    begin: int
+    """Which column of its segment the first of the rows is: not 0 where the rows are a share of it."""
     numbers: Sequence[tuple[int, int, int]]
     """Runs of (first column here, number of the first in the whole model, how many), in order."""
 
@@ -58,20 +61,21 @@ class Columns(Protocol):
     grad: Tensor
 
 
-def owned(held: Held, ranks: Ranks) -> list[Rows]:
-    """The rows of the columns that this rank owns, where they lie."""
-    shares = (region.share(ranks.rank) for region in held.regions)
-    return [held.rows.columns(first, last) for first, last in shares if first < last]
+def owned(held: Held, ranks: Ranks, within: tuple[int, int] | None = None) -> list[Rows]:
+    """The rows of the columns that this rank owns, where they lie; of a run of its segment's columns, or of all."""
+    first, last = (held.begin, held.begin + held.rows.n) if within is None else within
+    found = []
+    for begin, end in (region.share(ranks.rank) for region in held.regions):
+        begin, end = max(begin, first - held.begin), min(end, last - held.begin)
+        if begin < end:
+            found.append(held.rows.columns(begin, end))
+    return found
 
 
-def gramian_of_owned(parts: Sequence[Held], ranks: Ranks, home: torch.device) -> Tensor:
-    """(m, m) float64: of the columns that this rank owns."""
-    m = parts[0].rows.m
-    total = torch.zeros(m, m, dtype=torch.float64, device=home)
-    for held in parts:
-        for rows in owned(held, ranks):
-            total += _backend(rows).gramian(rows).to(home)
-    return total
+def _sum_of_gramians(parts: Sequence[Rows], out: Tensor) -> None:
+    """Add the Gramians of rows to ``out`` (m, m)."""
+    for rows in parts:
+        out += _backend(rows).gramian(rows).to(out.device)
 
 
 class Tally:
@@ -176,10 +180,11 @@ class Together:
         """Of ranks that hold what a layout says, in segments that it ordered."""
         parts = [
             Held(
-                segment.description,
-                segment.grad,
-                layout.regions(segment.parameters),
-                layout.numbers(segment.parameters),
+                rows=segment.description,
+                out=segment.grad,
+                regions=layout.regions(segment.parameters),
+                begin=0,
+                numbers=layout.numbers(segment.parameters),
             )
             for segment in segments
         ]
@@ -209,7 +214,7 @@ class Together:
         try:
             names[list(compress(self._numbers, reached))] = 1.0
             recorded[[i for i, is_absent in enumerate(absent) if not is_absent]] = 1.0
-            square.copy_(gramian_of_owned(self._parts, self.ranks, self._home).flatten())
+            self._add_owned(square.view_as(gramian))
         except Exception as raised:  # out of memory, say: the others wait
             error = raised
         tally.take_part(error)
@@ -254,9 +259,29 @@ class Together:
 
     def gramian(self) -> Tensor:
         """(m, m) float64: K of the whole model, the same bits on every rank."""
-        total = gramian_of_owned(self._parts, self.ranks, self._home)
+        total = torch.zeros(self._num_losses, self._num_losses, dtype=torch.float64, device=self._home)
+        self._add_owned(total)
         self.ranks.total(total)
         return total
+
+    def gramians(self, runs: Mapping[str, Sequence[Run]]) -> dict[str, Tensor]:
+        """(m, m) float64 for each part of the whole model, the same bits on every rank.
+
+        Args:
+            runs: the columns here of the parts that this rank has columns of.
+        """
+        names = list(dict.fromkeys(name for told in self.ranks.gather(list(runs)) for name in told))
+        m = self._num_losses
+        totals = torch.zeros(len(names), m, m, dtype=torch.float64, device=self._home)
+        for name, total in zip(names, totals, strict=True):
+            for s, first, last in runs.get(name, ()):
+                _sum_of_gramians(owned(self._parts[s], self.ranks, (first, last)), total)
+        self.ranks.total(totals)
+        return dict(zip(names, totals.unbind(), strict=True))
+
+    def _add_owned(self, out: Tensor) -> None:
+        for held in self._parts:
+            _sum_of_gramians(owned(held, self.ranks), out)
 
 
 def check_copies(ranks: Ranks, parts: Sequence[Held]) -> None:

@@ -26,7 +26,7 @@ from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Loss, Losses
 from fastconfig.gradients.memory import aligned_rows
 from fastconfig.gradients.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
-from fastconfig.gradients.parts import By, rows_of_parts
+from fastconfig.gradients.parts import By, rows_of_parts, runs_of_parts
 from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
 from fastconfig.gradients.ranks import Ranks, is_group, is_told
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
@@ -161,6 +161,11 @@ class GradientBuffer:
     def names(self) -> tuple[str, ...]:
         """The m losses' names; "0", "1" ... where they have none."""
         return self._losses.names
+
+    @property
+    def rank(self) -> int:
+        """This process's number among the ranks that combine together; 0 where it trains alone."""
+        return 0 if self._together is None else self._together.ranks.rank
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -500,7 +505,7 @@ class GradientBuffer:
                 return self._together.gramian()
             return self._sum_of_gramians([segment.description for segment in self.segments])
         if self._together is not None:
-            raise ValueError("gramian(by=...) is of a single process as yet; on several ranks ask for the whole")
+            return self._together.gramians(runs_of_parts(self.segments, self._places, by))
         parts = rows_of_parts(self.segments, self._places, by)
         return {part: self._sum_of_gramians(rows) for part, rows in parts.items()}
 

@@ -99,7 +99,8 @@ def together_over(segments: Sequence[SharedSegment], ranks: Ranks, num_losses: i
     """The combination of shares: every rank owns what it keeps."""
     parts, begin = [], 0
     for segment in segments:
-        parts.append(Held(segment.description, segment.share, segment.regions, segment.numbers(begin)))
+        first, _ = segment.columns
+        parts.append(Held(segment.description, segment.share, segment.regions, first, segment.numbers(begin)))
         begin += segment.n
     count = sum(len(segment.parameters) for segment in segments)
     return Together(ranks, parts, range(count), count, num_losses)

@@ -13,8 +13,24 @@ By = Literal["module", "parameter"] | Callable[[str], str]
 """What makes the parts of a model: the module that owns a parameter, the parameter, or a function of its name."""
 
 
+Run = tuple[int, int, int]
+"""Columns: of which segment, the first, and the last but not with it."""
+
+
 def rows_of_parts(segments: Sequence[Segment], places: Mapping[str, int] | None, by: By) -> dict[str, list[Rows]]:
     """The rows cut into the parts' columns, as few runs a part as can be. Views: nothing is copied.
+
+    Raises:
+        ValueError, TypeError: as ``runs_of_parts``, which says what the arguments are.
+    """
+    return {
+        part: [segments[s].description.columns(first, last) for s, first, last in runs]
+        for part, runs in runs_of_parts(segments, places, by).items()
+    }
+
+
+def runs_of_parts(segments: Sequence[Segment], places: Mapping[str, int] | None, by: By) -> dict[str, list[Run]]:
+    """The columns of each part, as few runs a part as can be.
 
     Args:
         segments: the columns.
@@ -32,7 +48,7 @@ def rows_of_parts(segments: Sequence[Segment], places: Mapping[str, int] | None,
             "GradientBuffer(model, ...) or GradientBuffer(model.named_parameters(), ...)"
         )
     parts = {place: _checked_part(part_of(name), name) for name, place in places.items()}
-    runs: dict[str, list[tuple[int, int, int]]] = {part: [] for part in parts.values()}  # segment, first and last
+    runs: dict[str, list[Run]] = {part: [] for part in parts.values()}
     spans = [
         (s, first, first + columns_of(parameter))
         for s, segment in enumerate(segments)
@@ -44,9 +60,7 @@ def rows_of_parts(segments: Sequence[Segment], places: Mapping[str, int] | None,
             run[-1] = s, run[-1][1], last
         else:
             run.append((s, first, last))
-    return {
-        part: [segments[s].description.columns(first, last) for s, first, last in run] for part, run in runs.items()
-    }
+    return runs
 
 
 def _part_of(by: By) -> Callable[[str], str]:

@@ -181,6 +181,11 @@ class MConFIG(Optimizer):
         return self._losses.names
 
     @property
+    def rank(self) -> int:
+        """This process's number among the ranks that step together; 0 where it trains alone."""
+        return 0 if self._across is None else self._across.ranks.rank
+
+    @property
     def combination(self) -> Combination:
         """What the last update combined: the averages' Gramian, freed of bias, and their weights. Read, it is computed.
 
