@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
 from rank_problems import (
     LOSSES,
     METHODS,
@@ -18,6 +19,12 @@ from rank_problems import (
     values,
 )
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from worlds import World, world_of
 
 import fastconfig as fc
@@ -195,3 +202,66 @@ def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(two: World) -> None:
     assert left_out == other[1] == 1
     assert theta.isfinite().all()
     assert torch.equal(theta, other[0])
+
+
+def saved(rank: int, count: int, layout: str, folder: str, name: str) -> Tensor:
+    """Some steps, a checkpoint, and some more."""
+    model, index, parts, _ = laid_out(layout, rank, count)
+    optimizer = new_optimizer(model, name)
+    x = part(batch(), index, parts)
+    steps(optimizer, model, x, 5)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    checkpoint.save(state, checkpoint_id=folder)
+    steps(optimizer, model, x, 5)
+    return values(model)
+
+
+def resumed(rank: int, count: int, layout: str, folder: str, name: str) -> tuple[Tensor, int]:
+    """The same steps from the checkpoint, on other ranks."""
+    model, index, parts, _ = laid_out(layout, rank, count)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = new_optimizer(model, name)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    checkpoint.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert "shared" not in optimizer.param_groups[0]
+    steps(optimizer, model, part(batch(), index, parts), 5)
+    return values(model), optimizer.next_loss()
+
+
+def new_optimizer(model: nn.Module, name: str) -> fc.optim.MConFIG:
+    options = {"selection": "random", "generator": torch.Generator().manual_seed(3), "losses_per_step": 2}
+    method = fc.PCGrad(generator=torch.Generator().manual_seed(5)) if name == "pcgrad" else METHODS[name]()
+    return fc.optim.MConFIG(model, lr=0.05, num_losses=LOSSES, method=method, **options)
+
+
+def steps(optimizer: fc.optim.MConFIG, model: nn.Module, x: Tensor, count: int) -> None:
+    for _ in range(count):
+        for loss in optimizer.next_losses():
+            with optimizer.record(loss):
+                losses_of(model(x))[loss].backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["config", "nashmtl", "pcgrad"])
+def test_a_checkpoint_of_two_ranks_goes_on_on_four(two: World, four: World, name: str, tmp_path) -> None:
+    wanted = two.run(saved, 2, "sharded", str(tmp_path), name)[0]
+    for theta, _ in [
+        *four.run(resumed, 4, "sharded", str(tmp_path), name),
+        *two.run(resumed, 2, "sharded", str(tmp_path), name),
+    ]:
+        torch.testing.assert_close(theta, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_checkpoint_between_layouts(two: World, four: World, tmp_path) -> None:
+    wanted = four.run(saved, 4, "hybrid", str(tmp_path), "config")[0]
+    for theta, _ in two.run(resumed, 2, "sharded", str(tmp_path), "config"):
+        torch.testing.assert_close(theta, wanted, rtol=1e-9, atol=1e-9)
+    folder = tmp_path / "ddp"
+    wanted = two.run(saved, 2, "ddp", str(folder), "nashmtl")[0]
+    for theta, _ in four.run(resumed, 4, "sharded", str(folder), "nashmtl"):
+        torch.testing.assert_close(theta, wanted, rtol=1e-9, atol=1e-9)

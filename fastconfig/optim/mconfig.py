@@ -27,7 +27,7 @@ from fastconfig.optim.averages import Averages
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
 from fastconfig.optim.momentum import Across, combination_of, take_step
 from fastconfig.optim.selection import LossSelector, Selection
-from fastconfig.optim.state import copy_state, packed_state
+from fastconfig.optim.state import IN_GROUP, copy_state, in_group, packed_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -320,6 +320,9 @@ class MConFIG(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     result = closure()
+            if not self._recorded and self._begins_for_a_checkpoint():
+                self._averages.reach(range(len(self._averages.parameters)), self.state)
+                return result
             losses = self._losses_of_the_step()
             self._step_by_recorded(losses)
         except Exception as error:
@@ -331,6 +334,18 @@ class MConFIG(Optimizer):
             vars(self).pop("found_inf", None)
             raise
         return result
+
+    def _begins_for_a_checkpoint(self) -> bool:
+        """Whether torch.distributed.checkpoint wants to see the state that a checkpoint is to be read into.
+
+        It then gives every parameter a gradient of zeros, sets all rates to 0, and takes a step: nothing is recorded.
+        """
+        return (
+            not self.state
+            and not self._recorded
+            and all(float(group["lr"]) == 0.0 for group in self.param_groups)
+            and all(parameter.grad is not None for parameter in self._averages.parameters if parameter.requires_grad)
+        )
 
     def _losses_of_the_step(self) -> tuple[int, ...]:
         """The losses whose gradients make this step, where nothing forbids it."""
@@ -500,17 +515,18 @@ class MConFIG(Optimizer):
 
         Of a parameter the state holds ``exp_avgs`` (m, *shape), its losses' moving averages, and ``exp_avg_sq``, the
         second moment. All tensors are the optimizer's own, as those of torch's optimizers are. What was recorded for
-        the next step is not in it.
+        the next step is not in it. ``torch.distributed.checkpoint`` keeps nothing beside states and groups, so the first
+        group holds ``"shared"`` once more. Of a sharded parameter the averages are DTensors.
         """
-        return {
-            **super().state_dict(),
-            "shared": {
-                "num_losses": self._num_losses,
-                **{name: value.clone() for name, value in self._ledger._asdict().items()},
-                "selection": self._selector.state(),
-                "method": self._method.state_dict() if isinstance(self._method, Stateful) else None,
-            },
+        shared = {
+            "num_losses": self._num_losses,
+            **{name: value.clone() for name, value in self._ledger._asdict().items()},
+            "selection": self._selector.state(),
+            "method": self._method.state_dict() if isinstance(self._method, Stateful) else None,
         }
+        state = super().state_dict()
+        state["param_groups"][0][IN_GROUP] = in_group(shared, self._losses_per_step)
+        return {**state, "shared": shared}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a ``state_dict`` of any backend and device: on the same ones with the same bits.
@@ -526,7 +542,8 @@ class MConFIG(Optimizer):
         packed = packed_state(state_dict, self.param_groups, averages.parameters, self._num_losses)
         if isinstance(self._method, Stateful) and packed.shared["method"] is not None:
             self._method.load_state_dict(packed.shared["method"])
-        super().load_state_dict({**state_dict, "state": {}})
+        groups = [{key: group[key] for key in group if key != IN_GROUP} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups, "state": {}})
         self._forget()
         self._last_beta1 = None
         # What the checkpoint holds may be the optimizer's own memory, as in load_state_dict(state_dict()).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from fastconfig.backends.moments import Ledger
+
+IN_GROUP = "shared"
+"""Under which name the first parameter group of a state holds what belongs to no parameter."""
 
 OPTIONS = {"lr", "betas", "eps", "weight_decay", "maximize"}
 """Of a parameter group; schedulers put more there."""
@@ -34,12 +38,15 @@ def packed_state(
         TypeError: not the state of an MConFIG.
         ValueError: of other losses or parameters.
     """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups", "shared"} <= state_dict.keys():
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise TypeError(
             f"state_dict must be what MConFIG.state_dict() returned, with state, param_groups and shared, got {found}"
         )
-    shared = _checked_shared(state_dict["shared"], num_losses)
+    if "shared" in state_dict:
+        shared = _checked_shared(state_dict["shared"], num_losses)
+    else:
+        shared = _checked_shared(_shared_of(state_dict["param_groups"]), num_losses)
     saved = [group["params"] for group in state_dict["param_groups"]]
     ours = [group["params"] for group in groups]
     if list(map(len, saved)) != list(map(len, ours)):
@@ -62,6 +69,45 @@ def packed_state(
                     )
                 parameters[position[id(parameter)]] = _checked(state_dict["state"][key], key, parameter, num_losses)
     return PackedState(parameters, shared)
+
+
+def in_group(shared: Mapping[str, Any], losses_per_step: int) -> dict[str, Any]:
+    """What belongs to no parameter, in the form in which a parameter group holds it.
+
+    Torch's distributed checkpoints keep of an optimizer nothing but state and parameter groups, and read tensors into
+    those that are there, so these are of a size that does not change.
+    """
+    selection, generator = shared["selection"], shared["selection"]["generator"]
+    round_of = [*selection["round"], *[-1] * losses_per_step][:losses_per_step]
+    return {
+        "num_losses": shared["num_losses"],
+        **{name: shared[name] for name in Ledger._fields},
+        "cursor": selection["cursor"],
+        "round": torch.tensor(round_of, dtype=torch.int64),
+        "drawn": torch.tensor(selection["drawn"], dtype=torch.int64),
+        "generator": generator,
+        "method": pickle.dumps(shared["method"]),  # whatever it holds: a string of bytes is kept as it is
+    }
+
+
+def _shared_of(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The inverse of ``in_group``."""
+    packed = groups[0].get(IN_GROUP) if groups else None
+    if not isinstance(packed, Mapping):
+        raise TypeError(
+            "state_dict must be what MConFIG.state_dict() returned, and lacks shared, which holds what belongs to no "
+            "parameter; of torch.distributed.checkpoint's options leave flatten_optimizer_state_dict out"
+        )
+    return {
+        **{name: packed[name] for name in ("num_losses", *Ledger._fields) if name in packed},
+        "selection": {
+            "cursor": packed["cursor"],
+            "round": [loss for loss in packed["round"].tolist() if loss >= 0],
+            "drawn": packed["drawn"].tolist(),
+            "generator": packed["generator"],
+        },
+        "method": pickle.loads(packed["method"]),
+    }
 
 
 def _checked_shared(shared: Mapping[str, Any], num_losses: int) -> dict[str, Any]:
