@@ -550,3 +550,43 @@ def test_a_monitor_watches_all_ranks_and_writes_once(two: World, layout: str, tm
         torch.testing.assert_close(first[0][name], gramian, rtol=1e-9, atol=1e-9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.png"]
     assert len((tmp_path / "run.csv").read_text().splitlines()) == 3
+
+
+def reduced_by_hand(rank: int) -> tuple[Tensor, Tensor]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=None)
+    buf.backward(losses_of(model(part(batch(), rank, 2))))
+    torch.distributed.all_reduce(buf.block)
+    buf.block.div_(2)
+    buf.combine()
+    return gradient(model), buf.block[:, buf.rows.shape[1] :]
+
+
+def test_rows_can_be_reduced_by_their_user(two: World) -> None:
+    for grad, padding in two.run(reduced_by_hand):
+        torch.testing.assert_close(grad, alone("config", 7)["grad"])
+        assert padding.numel()
+        assert not padding.any()
+
+
+def compiled_and_checkpointed(rank: int, layout: str) -> Tensor:
+    """The same step with activations that are computed again, and by torch.compile."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = laid_out(layout, rank, 2)[0]
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD if layout == "sync" else "auto")
+    x = part(batch(), rank, 2)
+    buf.backward([lambda i=i: losses_of(checkpoint(model, x, use_reentrant=False))[i] for i in range(LOSSES)])
+    buf.combine()
+    again = gradient(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    buf.backward([lambda i=i: losses_of(compiled(x))[i] for i in range(LOSSES)])
+    buf.combine()
+    return torch.stack([again, gradient(model)])
+
+
+@pytest.mark.parametrize("layout", ["sharded", "ddp", "sync"])
+def test_activation_checkpoints_and_compiled_models(two: World, layout: str) -> None:
+    for grads in two.run(compiled_and_checkpointed, layout):
+        for grad in grads:
+            torch.testing.assert_close(grad, alone("config", 7)["grad"])

@@ -182,6 +182,16 @@ class GradientBuffer:
         return self._only_segment("rows").rows
 
     @property
+    def block(self) -> Tensor:
+        """(m, n and what pads it) contiguous: the memory of ``rows``, for collective calls of one's own.
+
+        ``dist.all_reduce(buf.rows)`` is silently wrong by some backends, gloo among them, as rows have gaps between
+        them; ``dist.all_reduce(buf.block)`` is right. ValueError where the buffer has several segments.
+        """
+        self._rows.settle()
+        return self._only_segment("block").block
+
+    @property
     def grad(self) -> Tensor:
         """(n,) the combined gradient, flat. ValueError where the buffer has several segments."""
         return self._only_segment("grad").grad

@@ -45,7 +45,7 @@ class SharedSegment(landing.Segment):
         self._whole = aligned_rows(1, each * ranks.count, self.dtype, self.device)
         self.landing = self._whole[:, : self.n]
         self._arriving = torch.empty(ranks.count, each, dtype=self.dtype, device=self.device)
-        self.rows = aligned_rows(count, each, self.dtype, self.device)
+        self.block = self.rows = aligned_rows(count, each, self.dtype, self.device)  # nothing pads a share
         self.description = Rows(count, each, self.dtype, self.device, self.rows, ())
         self._combined = aligned_rows(1, each * ranks.count, self.dtype, self.device)[0]
         self.grad = self._combined[: self.n]

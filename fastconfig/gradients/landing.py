@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastconfig.backends.rows import Rows
 from fastconfig.gradients.local import is_sharded, like_parameter, local_gradient
-from fastconfig.gradients.memory import aligned_rows
+from fastconfig.gradients.memory import aligned_block
 from fastconfig.gradients.parameters import Made, columns_of, gradient_dtype, shaped_like
 from fastconfig.gradients.sweep import Copies, Sweep, address_of, sweep_over
 from fastconfig.validation import REAL_OF_COMPLEX
@@ -42,6 +42,8 @@ class Segment:
     Attributes:
         rows: (k, n_segment), contiguous rows a multiple of ``memory.ROW_BYTES`` apart. Complex parameters stand here as
             their real view, two columns an element.
+        block: (k, n_segment and what pads it), contiguous: the memory of the rows, zeros behind each. For collective
+            calls, of which some take the rows, as they have gaps between them, for other numbers.
         landing: where gradients land: the rows.
         parameters: those whose gradients lie here, in column order, each in the order of its own memory.
         starts: the first column of each parameter.
@@ -56,7 +58,8 @@ class Segment:
         self.dtype = REAL_OF_COMPLEX.get(dtype, dtype)
         *starts, self.n = accumulate(map(columns_of, parameters), initial=0)
         self.starts = tuple(starts)
-        self.rows = aligned_rows(count, self.n, self.dtype, self.device)
+        self.block = aligned_block(count, self.n, self.dtype, self.device)
+        self.rows = self.block[:, : self.n]
         self.landing = self.rows
         self.description = Rows(count, self.n, self.dtype, self.device, self.rows, ())
 

@@ -30,9 +30,14 @@ def fresh(shape: Sequence[int] | int, dtype: torch.dtype, device: torch.device) 
 
 def aligned_rows(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, (count, n), contiguous rows a multiple of ``ROW_BYTES`` apart."""
+    return aligned_block(count, n, dtype, device)[:, :n]
+
+
+def aligned_block(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The memory of ``aligned_rows``: zeros, (count, n and what pads it), contiguous."""
     with torch.inference_mode(False):  # autograd must be able to accumulate into the rows
         padded = n + -n % (ROW_BYTES // dtype.itemsize)
-        return fresh((count, padded), dtype, device).zero_()[:, :n]
+        return fresh((count, padded), dtype, device).zero_()
 
 
 def _ask_for_huge_pages(block: Tensor) -> None:

@@ -515,8 +515,8 @@ class MConFIG(Optimizer):
 
         Of a parameter the state holds ``exp_avgs`` (m, *shape), its losses' moving averages, and ``exp_avg_sq``, the
         second moment. All tensors are the optimizer's own, as those of torch's optimizers are. What was recorded for
-        the next step is not in it. ``torch.distributed.checkpoint`` keeps nothing beside states and groups, so the first
-        group holds ``"shared"`` once more. Of a sharded parameter the averages are DTensors.
+        the next step is not in it. ``torch.distributed.checkpoint`` keeps nothing beside states and groups, so the
+        first group holds ``"shared"`` once more. Of a sharded parameter the averages are DTensors.
         """
         shared = {
             "num_losses": self._num_losses,
