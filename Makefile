@@ -38,7 +38,7 @@ bench: $(DEVELOPED)
 gpu:
 	$(PYTHON) bench/gpu.py
 
-# All tests of the kernels on the emulator, for two architectures and by both Tritons: no GPU needed, but 20 minutes.
+# All tests of the kernels on the emulator, for two architectures and by both Tritons: no GPU needed, but half an hour.
 ptx: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
 	set -e; for triton in $(OLDEST_TRITON) $(NEWEST_TRITON); do for gpu in sm_90 sm_89; do \
 	  FASTCONFIG_EMULATE=$$gpu FASTCONFIG_TRITON=$$triton $(PYTEST) $(OF_KERNELS); done; done

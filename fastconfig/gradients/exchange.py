@@ -8,9 +8,9 @@ gradient goes back by one all-gather.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastconfig.backends.rows import Rows
@@ -19,6 +19,10 @@ from fastconfig.gradients.across import Held, Tally, Together
 from fastconfig.gradients.layout import ALIGNED, Region
 from fastconfig.gradients.memory import aligned_rows
 from fastconfig.gradients.ranks import Ranks
+from fastconfig.ops import backend_for
+
+if TYPE_CHECKING:
+    from torch.distributed import Work
 
 
 class SharedSegment(landing.Segment):
@@ -58,41 +62,44 @@ class SharedSegment(landing.Segment):
         first, last = self.columns
         return [(0, begin + first, last - first)] if first < last else []
 
-    def send(self) -> dist.Work | None:
+    def send(self) -> Work | None:
         """Have the landed gradient travel."""
         if self.device.type == "cpu":
             # gloo reduces all and hands out shares; so exchange, and add up here, in the ranks' order, rounding once.
             return self.send_own()
-        group, whole = self._ranks.group, self._whole.view(-1)
-        work: dist.Work | None = dist.reduce_scatter_tensor(
-            self._arriving[0], whole, dist.ReduceOp.AVG, group=group, async_op=True
-        )
-        return work
+        return self._ranks.start_averaging(self._whole.view(-1), self._arriving[0])
 
-    def send_own(self) -> dist.Work | None:
+    def send_own(self) -> Work | None:
         """Have the landed gradient travel, to be told from those of the other ranks."""
-        work: dist.Work | None = dist.all_to_all_single(
-            self._arriving.view(-1), self._whole.view(-1), group=self._ranks.group, async_op=True
-        )
-        return work
+        return self._ranks.start_exchange(self._whole.view(-1), self._arriving.view(-1))
 
     def receive(self, row: int, adds: bool) -> None:
         """Put what has arrived into a row, or add it."""
-        arrived = _mean(self._arriving) if self.device.type == "cpu" else self._arriving[0]
-        self.rows[row].add_(arrived) if adds else self.rows[row].copy_(arrived)
+        if adds:
+            before = self.rows[row].clone()
+        if self.device.type == "cpu":
+            self._average(range(self._ranks.count), self.rows[row])
+        else:
+            self.rows[row].copy_(self._arriving[0])
+        if adds:
+            self.rows[row].add_(before)
 
     def receive_own(self, tasks: Sequence[int]) -> None:
         """Put what has arrived into the rows of the ranks' own losses, those of one loss averaged."""
         for row in range(len(self.rows)):
-            of_row = [rank for rank, task in enumerate(tasks) if task == row]
-            if of_row:
-                self.rows[row].copy_(_mean(self._arriving[of_row]))
-            else:
-                self.rows[row].zero_()
+            self._average([rank for rank, task in enumerate(tasks) if task == row], self.rows[row])
+
+    def _average(self, ranks: Sequence[int], out: Tensor) -> None:
+        """Write the average of what these ranks have sent: added up in their order in float64, and rounded once."""
+        weights = torch.zeros(self._ranks.count, dtype=torch.float64, device=self.device)
+        weights[list(ranks)] = 1.0 / max(1, len(ranks))  # what has no weight is not read
+        count, each = self._arriving.shape
+        rows = Rows(count, each, self.dtype, self.device, self._arriving, ())
+        backend_for(self.device, None, traced=False).apply(rows, weights, out)
 
     def gather(self) -> None:
         """Give every rank the whole combined gradient."""
-        dist.all_gather_into_tensor(self._combined, self.share, group=self._ranks.group)
+        self._ranks.gather_shares(self._combined, self.share)
 
 
 def together_over(segments: Sequence[SharedSegment], ranks: Ranks, num_losses: int) -> Together:
@@ -123,14 +130,6 @@ def make_equal(parameters: Sequence[Tensor], ranks: Ranks) -> None:
         ranks.broadcast(parameter.detach())
 
 
-def _mean(parts: Tensor) -> Tensor:
-    """(s,) of (W, s): added up in order in float64."""
-    total = parts[0].double()
-    for part in parts[1:]:
-        total += part
-    return total / len(parts)
-
-
 class SharedRows(landing.GradientRows[SharedSegment]):
     """Rows over the parameters of replicas: every rank keeps its share of each row, averaged over the ranks.
 
@@ -147,7 +146,7 @@ class SharedRows(landing.GradientRows[SharedSegment]):
     def __init__(self, segments: Sequence[SharedSegment], count: int, owner: str, vectors: int, ranks: Ranks) -> None:
         super().__init__(segments, count, owner, vectors, hooks=False)
         self._ranks = ranks
-        self._under_way: list[tuple[SharedSegment, dist.Work | None, int, bool]] = []
+        self._under_way: list[tuple[SharedSegment, Work | None, int, bool]] = []
 
     def zero(self) -> None:
         """As of ``GradientRows``."""

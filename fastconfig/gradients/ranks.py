@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 Value = TypeVar("Value")
 
@@ -48,6 +48,22 @@ class Ranks:
     def broadcast(self, numbers: Tensor, rank: int = 0) -> None:
         """Replace numbers by those of one rank."""
         dist.broadcast(numbers, dist.get_global_rank(self.group, rank), group=self.group)
+
+    def start_exchange(self, sent: Tensor, received: Tensor) -> Work | None:
+        """Begin to give each rank its W-th of what is sent; it gets as much from each, in the ranks' order."""
+        work: Work | None = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        return work
+
+    def start_averaging(self, sent: Tensor, received: Tensor) -> Work | None:
+        """Begin to give each rank the average of its W-th of what all send."""
+        call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # newer and older PyTorch's
+        work: Work | None = call(received, sent, dist.ReduceOp.AVG, group=self.group, async_op=True)
+        return work
+
+    def gather_shares(self, whole: Tensor, share: Tensor) -> None:
+        """Give every rank all shares, one behind the other."""
+        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        call(whole, share, group=self.group)
 
     def tell(self, value: Value, rank: int = 0) -> Value:
         """What one rank says."""
