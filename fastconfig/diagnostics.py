@@ -34,6 +34,7 @@ def collect_config() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} (torch.get_num_threads)",
         **{f"backend {name}": _state_of_backend(name) for name in backends.BACKENDS},
         "ISA tier": _state_of_tiers(),
+        "processes": _state_of_processes(),
         "environment": ", ".join(f"{name}={os.environ[name]}" for name in _FORCING if name in os.environ) or "default",
     }
 
@@ -88,6 +89,18 @@ def _state_of_tiers() -> str:
     if cpu.available() is not None:
         return "none: the compiled core is missing"
     return f"{cpu.active_tier()} (this machine runs {', '.join(cpu.tiers())})"
+
+
+def _state_of_processes() -> str:
+    """Whether this process is one of several that train together."""
+    dist = torch.distributed
+    if not dist.is_available():
+        return "one: this PyTorch has no torch.distributed"
+    if not dist.is_initialized():
+        launched = os.environ.get("WORLD_SIZE")
+        told = f"; a launcher says WORLD_SIZE={launched}" if launched else ""
+        return f"one: torch.distributed is not initialised{told}"
+    return f"rank {dist.get_rank()} of {dist.get_world_size()}, by {dist.get_backend()}"
 
 
 def _version_of(package: str) -> str:

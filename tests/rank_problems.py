@@ -108,6 +108,10 @@ def laid_out(layout: str, rank: int, count: int) -> tuple[nn.Module, int, int, i
         }
         parallelize_module(model, init_device_mesh("cpu", (count,)), {"first": ColwiseParallel(), **rows_of_the_batch})
         parts, index = 1, 0
+    elif layout == "replicate":
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+
+        replicate(model)
     elif layout == "sharded":
         mesh = init_device_mesh("cpu", (count,))
     if mesh is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 from rank_problems import (
@@ -10,6 +12,7 @@ from rank_problems import (
     Net,
     ToldError,
     alone,
+    averaged,
     batch,
     error_of,
     errors_of,
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from worlds import World, world_of
 
 import fastconfig as fc
+from fastconfig.diagnostics import collect_config
 
 two = world_of(2)
 four = world_of(4)
@@ -64,6 +68,7 @@ SHARED = [
     ("sharded", True),
     ("tensor", False),
     ("sequence", False),
+    ("replicate", False),
     ("ddp", True),
     ("sync", False),
     ("sync", True),
@@ -590,3 +595,123 @@ def test_activation_checkpoints_and_compiled_models(two: World, layout: str) -> 
     for grads in two.run(compiled_and_checkpointed, layout):
         for grad in grads:
             torch.testing.assert_close(grad, alone("config", 7)["grad"])
+
+
+def described(rank: int) -> str:
+    return collect_config()["processes"]
+
+
+def test_the_configuration_tells_of_the_ranks(two: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert two.run(described) == ["rank 0 of 2, by gloo", "rank 1 of 2, by gloo"]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert described(0) == "one: torch.distributed is not initialised"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert described(0) == "one: torch.distributed is not initialised; a launcher says WORLD_SIZE=8"
+
+
+def by_bfloat16(rank: int) -> tuple[Tensor, Tensor, list[str]]:
+    everyone = torch.distributed.group.WORLD
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=everyone, wire_dtype=torch.bfloat16)
+    buf.backward(losses_of(model(part(batch(), rank, 2))))
+    buf.combine()
+    return (
+        gradient(model),
+        buf.gramian(),
+        errors_of(
+            lambda: fc.GradientBuffer(network(), 2, sync=everyone, wire_dtype=torch.int8),
+            lambda: fc.GradientBuffer(network(), 2, sync=None, wire_dtype=torch.bfloat16),
+        ),
+    )
+
+
+def test_gradients_may_travel_in_bfloat16(two: World) -> None:
+    first, second = two.run(by_bfloat16)
+    wanted = alone("config", 7)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[0].bfloat16().double(), first[0])
+    torch.testing.assert_close(first[1], wanted["gramian"], rtol=2e-2, atol=1e-2)
+    assert 1e-6 < (first[0] - wanted["grad"]).norm() / wanted["grad"].norm() < 3e-2
+    assert all(text.startswith("ValueError: wire_dtype must be None, or with sync=group") for text in first[2])
+
+
+class Mixed(nn.Module):
+    """Layers of two dtypes, one of them twice in the model, and heads outside of the buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.trunk.append(self.trunk[0])
+        self.wide = nn.Linear(6, 5).double()
+        self.heads = nn.ModuleList(nn.Linear(5, 1).double() for _ in range(LOSSES))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        shared = self.wide(self.trunk(x.float()).double())
+        return [head(shared).square().mean() for head in self.heads]
+
+
+def mixed(rank: int | None, layout: str) -> list[Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Mixed()
+    if layout == "sharded":
+        for part_of in (model.trunk, model.wide, *model.heads):
+            fully_shard(part_of)
+        fully_shard(model)
+    inside = [*model.trunk.named_parameters(prefix="trunk"), *model.wide.named_parameters(prefix="wide")]
+    buf = fc.GradientBuffer(inside, LOSSES, sync=torch.distributed.group.WORLD if layout == "sync" else "auto")
+    x = batch() if rank is None else part(batch(), rank, 2)
+    buf.backward(model(x))
+    buf.combine(fc.UPGrad())
+    if layout == "sync":  # what is outside is its user's
+        for p in model.heads.parameters():
+            p.grad = averaged(p.grad)
+    grads = [p.grad for p in model.parameters()]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+
+@pytest.mark.parametrize("layout", ["sharded", "sync"])
+def test_mixed_dtypes_tied_weights_and_heads_outside(two: World, layout: str) -> None:
+    first, second = two.run(mixed, layout)
+    wanted = mixed(None, "alone")
+    assert len(wanted) == 2 + 2 + 2 + 2 * LOSSES  # the tied layer once
+    for one, other, grad in zip(first, second, wanted, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, grad, rtol=1e-4, atol=1e-5 if grad.dtype == torch.float32 else 1e-6)
+
+
+def learning_rates(rank: int) -> list[float]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = fc.ConflictAwareLR(optimizer, buf, threshold=0.9, shrink=0.5)
+    for _ in range(3):
+        buf.backward(losses_of(model(part(batch(), rank, 2))))
+        buf.combine()
+        optimizer.step()
+        scheduler.step()
+    return [float(rate) for rate in scheduler.get_last_lr()]
+
+
+def test_the_learning_rate_that_follows_the_conflict_is_one(two: World) -> None:
+    first, second = two.run(learning_rates)
+    assert first == second
+    assert first != [0.1]
+
+
+def one_does_not_come(rank: int) -> str:
+    """In a group of its own, whose connections are of no use afterwards."""
+    group = torch.distributed.new_group(timeout=timedelta(seconds=3))
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, group=group)
+    recorded_by_hand(rank, buf, model)
+    told = error_of(buf.combine) if rank == 0 else ""
+    torch.distributed.barrier()
+    return told
+
+
+def test_a_rank_that_does_not_come_ends_the_others_wait_by_the_groups_timeout(two: World) -> None:
+    told, _ = two.run(one_does_not_come)
+    assert told.startswith(("RuntimeError", "DistBackendError"))
+    assert "imed out" in told or "imeout" in told

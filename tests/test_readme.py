@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "REA
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_m_config_example_trains_the_demos_network():
-    (block,) = [block for block in BLOCKS if "MConFIG(" in block]
+    (block,) = [block for block in BLOCKS if "opt.record(" in block]
     names = {}
     exec(compile(block, "README.md", "exec"), names)
     assert names["opt"].combination.weights.all()

@@ -31,6 +31,7 @@ from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_
 from fastconfig.gradients.ranks import Ranks, is_group, is_told
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
+from fastconfig.validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,6 +92,8 @@ class GradientBuffer:
             parameters: pipeline stages, experts. Plain parameters of one name are then copies, whose gradients are
             equal on the ranks that have them.
         local: modules or parameters that are this rank's alone, though other ranks have some of the same name.
+        wire_dtype: with ``sync=group``, of the gradients that travel and of the combined one on its way back, for
+            instance torch.bfloat16: half the bytes, and rounding to it. None for the gradients' own.
 
     On several ranks ``combine`` and ``gramian`` are calls of all of them, as the constructor is. What travels is m×m: K
     is the sum over ranks of the Gramians of the columns that each owns, rank 0 asks the method, and all get the same
@@ -135,12 +138,18 @@ class GradientBuffer:
         sync: Sync = "auto",
         group: ProcessGroup | None = None,
         local: Sequence[Module | Tensor] = (),
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         self._losses = Losses(num_losses)
         self._num_losses = len(self._losses)
         self._calls = [f"record({self._losses.argument(i)})" for i in range(self._num_losses)]
         self._source = Source(parameters)
-        self._sync, self._group, self._local = sync, group, tuple(local)
+        self._sync, self._group, self._local, self._wire_dtype = sync, group, tuple(local), wire_dtype
+        if wire_dtype is not None and (not is_group(sync) or wire_dtype not in FLOAT_DTYPES):
+            raise ValueError(
+                f"wire_dtype must be None, or with sync=group a floating-point dtype, got {wire_dtype}; by other "
+                "buffers no gradients travel"
+            )
         self._wrappers = Wrappers(self._source.module)
         self._methods: dict[str, Method | StreamingMethod] = {}
         self._reminder = Reminder()
@@ -620,7 +629,7 @@ class GradientBuffer:
             return GradientRows([Segment(kind, m) for kind in kinds], m, owner, vectors=m + 1), None
         if is_group(self._sync):
             make_equal(wanted, ranks)
-            shares = [SharedSegment(kind, m, ranks) for kind in kinds]
+            shares = [SharedSegment(kind, m, ranks, self._wire_dtype) for kind in kinds]
             return SharedRows(shares, m, owner, vectors=m + 1, ranks=ranks), together_over(shares, ranks, m)
         layout = Layout(wanted, names, ranks, identities_of(self._local))
         segments = [Segment(layout.ordered(kind), m) for kind in kinds]
@@ -697,7 +706,7 @@ class GradientBuffer:
         losses = ", ".join(map(self._losses.label, old))
         if stale == "error":
             raise RuntimeError(words_for("fresh rows", losses=losses))
-        self._reminder.say("fresh rows", 3, losses=losses)
+        self._reminder.say("fresh rows", 4, losses=losses)
 
     def _reached(self) -> tuple[bool, ...]:
         """For each parameter, whether a row has a part of its gradient."""

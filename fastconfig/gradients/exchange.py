@@ -32,6 +32,7 @@ class SharedSegment(landing.Segment):
         parameters: of one dtype of their gradients, on one device.
         count: m.
         ranks: among which the columns are shared out.
+        wire_dtype: of what travels; None for the rows' own.
 
     Attributes:
         rows: (m, s), s = n_segment / W rounded up: this rank's share. Columns past the last are zero.
@@ -41,14 +42,17 @@ class SharedSegment(landing.Segment):
         columns: the first column of the share, and the last but not with it.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], count: int, ranks: Ranks) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], count: int, ranks: Ranks, wire_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(parameters, 0)
         each = -(-self.n // ranks.count)
         each += -each % ALIGNED
         self._ranks = ranks
+        self._wire_dtype = wire_dtype or self.dtype
         self._whole = aligned_rows(1, each * ranks.count, self.dtype, self.device)
         self.landing = self._whole[:, : self.n]
-        self._arriving = torch.empty(ranks.count, each, dtype=self.dtype, device=self.device)
+        self._sent = self._arriving = torch.empty(0, each, dtype=self._wire_dtype, device=self.device)
         self.block = self.rows = aligned_rows(count, each, self.dtype, self.device)  # nothing pads a share
         self.description = Rows(count, each, self.dtype, self.device, self.rows, ())
         self._combined = aligned_rows(1, each * ranks.count, self.dtype, self.device)[0]
@@ -67,11 +71,19 @@ class SharedSegment(landing.Segment):
         if self.device.type == "cpu":
             # gloo reduces all and hands out shares; so exchange, and add up here, in the ranks' order, rounding once.
             return self.send_own()
-        return self._ranks.start_averaging(self._whole.view(-1), self._arriving[0])
+        self._make_room(1)
+        return self._ranks.start_averaging(self._sent, self._arriving[0])
 
     def send_own(self) -> Work | None:
         """Have the landed gradient travel, to be told from those of the other ranks."""
-        return self._ranks.start_exchange(self._whole.view(-1), self._arriving.view(-1))
+        self._make_room(self._ranks.count)
+        return self._ranks.start_exchange(self._sent, self._arriving.view(-1))
+
+    def _make_room(self, parts: int) -> None:
+        """For what is sent, and so many shares that arrive."""
+        self._sent = self._whole.view(-1).to(self._wire_dtype)
+        if len(self._arriving) < parts:
+            self._arriving = self._arriving.new_empty(parts, len(self.share))
 
     def receive(self, row: int, adds: bool) -> None:
         """Put what has arrived into a row, or add it."""
@@ -93,13 +105,18 @@ class SharedSegment(landing.Segment):
         """Write the average of what these ranks have sent: added up in their order in float64, and rounded once."""
         weights = torch.zeros(self._ranks.count, dtype=torch.float64, device=self.device)
         weights[list(ranks)] = 1.0 / max(1, len(ranks))  # what has no weight is not read
-        count, each = self._arriving.shape
-        rows = Rows(count, each, self.dtype, self.device, self._arriving, ())
+        arriving = self._arriving.to(self.dtype)
+        rows = Rows(len(arriving), len(self.share), self.dtype, self.device, arriving, ())
         backend_for(self.device, None, traced=False).apply(rows, weights, out)
 
     def gather(self) -> None:
         """Give every rank the whole combined gradient."""
-        self._ranks.gather_shares(self._combined, self.share)
+        if self._wire_dtype == self.dtype:
+            self._ranks.gather_shares(self._combined, self.share)
+            return
+        whole = torch.empty_like(self._combined, dtype=self._wire_dtype)
+        self._ranks.gather_shares(whole, self.share.to(self._wire_dtype))
+        self._combined.copy_(whole)
 
 
 def together_over(segments: Sequence[SharedSegment], ranks: Ranks, num_losses: int) -> Together:
