@@ -52,11 +52,16 @@ def test_every_column_of_copies_has_one_owner(columns: int) -> None:
 
 @pytest.fixture
 def fake_world(monkeypatch: pytest.MonkeyPatch):
-    """Rank 0 of a thousand that do nothing: collective calls return at once, and leave their memory as it is."""
+    """Rank 0 of a thousand, of which the others tell what it tells, and send nothing: memory is left as it is."""
     fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=WORLD)
     called: list[tuple[str, int]] = []
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value] * WORLD)
+
+    def sum_of_equals(self: Ranks, numbers: torch.Tensor) -> None:
+        numbers.mul_(WORLD)
+
+    monkeypatch.setattr(Ranks, "sum", sum_of_equals)
 
     def noted(name: str) -> None:
         original = getattr(Ranks, name)
@@ -89,7 +94,7 @@ def test_what_a_rank_of_a_thousand_holds_and_calls(fake_world: list[tuple[str, i
     fake_world.clear()
     segment.rows.normal_()  # nothing has arrived
     buf.combine()
-    told = m * m + 1 + m + WORLD  # K, a flag a parameter, a loss and a rank
+    told = m * m + 1 + 2 * m + WORLD  # K, a flag a parameter, two a loss, one a rank
     assert fake_world == [
         ("sum", 2 * WORLD),
         ("sum", told),
@@ -109,4 +114,4 @@ def test_a_sharded_model_on_a_thousand_ranks_holds_a_thousandth(fake_world: list
     with buf.record(0):
         model.weight.grad = torch.ones_like(model.weight)
     buf.combine()
-    assert fake_world == [("sum", m * m + 1 + m + WORLD), ("broadcast", m * m + m + 1)]
+    assert fake_world == [("sum", m * m + 1 + 2 * m + WORLD), ("broadcast", m * m + m + 1)]

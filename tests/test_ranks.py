@@ -715,3 +715,53 @@ def test_a_rank_that_does_not_come_ends_the_others_wait_by_the_groups_timeout(tw
     told, _ = two.run(one_does_not_come)
     assert told.startswith(("RuntimeError", "DistBackendError"))
     assert "imed out" in told or "imeout" in told
+
+
+def other_losses(rank: int, how: str) -> list:
+    model = laid_out("ddp", rank, 2)[0] if how == "ddp" else network()
+    everyone = torch.distributed.group.WORLD
+    buf = fc.GradientBuffer(model, LOSSES, sync=everyone if how == "sync" else "auto")
+    x = part(batch(), rank, 2)
+    for loss in (0, 1 + rank):
+        with buf.record(loss):
+            losses_of(model(x))[loss].backward()
+    told = error_of(buf.combine)
+    buf.backward([lambda i=i: losses_of(model(x))[i] for i in range(LOSSES)])
+    buf.combine()
+    return [told, gradient(model)]
+
+
+@pytest.mark.parametrize("how", ["ddp", "sync"])
+def test_ranks_that_record_other_losses_are_told(two: World, how: str) -> None:
+    answers = two.run(other_losses, how)
+    for told, grad in answers:
+        assert told.startswith("RuntimeError: the 2 ranks have recorded different losses for this step (loss 0 on 2, ")
+        torch.testing.assert_close(grad, alone("config", 7)["grad"])
+
+
+def micro_batches(rank: int, layout: str) -> Tensor:
+    model = laid_out(layout, rank, 2)[0]
+    buf = fc.GradientBuffer(model, LOSSES)
+    for half in part(batch(), rank, 2).split(2):
+        buf.backward([lambda i=i, x=half: losses_of(model(x))[i] / 2 for i in range(LOSSES)], accumulate=True)
+    buf.combine()
+    return gradient(model)
+
+
+@pytest.mark.parametrize("layout", ["sharded", "ddp", "replicate"])
+def test_micro_batches_add_up(two: World, layout: str) -> None:
+    for grad in two.run(micro_batches, layout):
+        torch.testing.assert_close(grad, alone("config", 7)["grad"])
+
+
+def compiled_combination(rank: int) -> Tensor:
+    model = laid_out("sharded", rank, 2)[0]
+    buf = fc.GradientBuffer(model, LOSSES)
+    buf.backward(losses_of(model(part(batch(), rank, 2))))
+    torch.compile(lambda: buf.combine(), backend="eager")()
+    return gradient(model)
+
+
+def test_a_compiled_step_combines_outside_of_its_graph(two: World) -> None:
+    for grad in two.run(compiled_combination):
+        torch.testing.assert_close(grad, alone("config", 7)["grad"])

@@ -196,7 +196,7 @@ class Together:
         self._tally().take_part(error)
 
     def sum_up(
-        self, gramian: Tensor, reached: Sequence[bool], absent: Sequence[bool]
+        self, gramian: Tensor, reached: Sequence[bool], absent: Sequence[bool], new: Sequence[bool]
     ) -> tuple[tuple[bool, ...], list[int]]:
         """Form K of the whole model.
 
@@ -204,20 +204,27 @@ class Together:
             gramian: (m, m) float64, overwritten.
             reached: of each parameter here, whether a loss has reached it here.
             absent: of each loss, whether it is absent here.
+            new: of each loss, whether its row was recorded here since the last combination.
 
         Returns:
             ``reached`` on any rank; the losses that are absent on all.
+
+        Raises:
+            RuntimeError: the ranks have recorded different losses; copies hold different gradients.
+            What one of them has met.
         """
         tally = self._tally()
-        square, names, recorded = tally.parts
+        square, names, recorded, fresh = tally.parts
         error: Exception | None = None
         try:
             names[list(compress(self._numbers, reached))] = 1.0
             recorded[[i for i, is_absent in enumerate(absent) if not is_absent]] = 1.0
+            fresh[list(compress(range(len(new)), new))] = 1.0
             self._add_owned(square.view_as(gramian))
         except Exception as raised:  # out of memory, say: the others wait
             error = raised
         tally.take_part(error)
+        check_same_losses(fresh, self.ranks)
         anywhere = names.gt(0).tolist()
         self.is_nothing_reached = True not in anywhere
         if not self._are_copies_checked:
@@ -247,7 +254,7 @@ class Together:
             _backend(held.rows).apply(held.rows, weights.to(held.rows.device), held.out)
 
     def _tally(self) -> Tally:
-        return Tally(self.ranks, self._home, self._num_losses**2, self._names, self._num_losses)
+        return Tally(self.ranks, self._home, self._num_losses**2, self._names, self._num_losses, self._num_losses)
 
     def _combine_rows(self, method: StreamingMethod) -> None:
         if isinstance(method, GradDrop):
@@ -282,6 +289,23 @@ class Together:
     def _add_owned(self, out: Tensor) -> None:
         for held in self._parts:
             _sum_of_gramians(owned(held, self.ranks), out)
+
+
+def check_same_losses(counts: Tensor, ranks: Ranks) -> None:
+    """Raise RuntimeError, on every rank, unless all have recorded the same losses.
+
+    Args:
+        counts: (m,) how many ranks have recorded each.
+        ranks: all.
+    """
+    recorded = [int(count) for count in counts.tolist()]
+    if any(0 < count < ranks.count for count in recorded):
+        told = ", ".join(f"loss {i} on {count}" for i, count in enumerate(recorded) if count)
+        raise RuntimeError(
+            f"the {ranks.count} ranks have recorded different losses for this step ({told}), so gradients of different "
+            "losses may have been averaged; choose them alike on all ranks, by MConFIG's next_loss or generators of "
+            "one seed, and give a rank without labels None or an empty block"
+        )
 
 
 def check_copies(ranks: Ranks, parts: Sequence[Held]) -> None:

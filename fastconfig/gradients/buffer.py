@@ -418,6 +418,9 @@ class GradientBuffer:
                 that did not then (``refresh`` takes it in).
             ValueError, TypeError, FloatingPointError: as ``fc.combine``; nothing has been written.
         """
+        if self._together is not None and is_dynamo_compiling():  # collective calls stay outside of graphs
+            eager: Callable[..., Combination] = torch.compiler.disable(self.combine)
+            return eager(method, scaler=scaler, stale=stale, sharded=sharded)
         try:
             rule = self._checked_for_combining(method, stale)
         except Exception as error:
@@ -482,7 +485,8 @@ class GradientBuffer:
     ) -> tuple[tuple[bool, ...], list[int]]:
         """Combine with other ranks: which parameters here are reached on any, which losses are absent on all."""
         try:
-            reached, absent = together.sum_up(gramian, self._reached(), self._absent)
+            new = [state == _NEW for state in self._states]
+            reached, absent = together.sum_up(gramian, self._reached(), self._absent, new)
         except Exception:
             self.zero()  # rows of a step that another rank could not finish
             raise

@@ -13,7 +13,7 @@ from fastconfig.backends.moments import Decision, Ledger, Recorded, StepRule
 from fastconfig.backends.momentum import Segment
 from fastconfig.backends.momentum.reference import decide, raise_if_nonfinite
 from fastconfig.backends.rows import Rows
-from fastconfig.gradients.across import Tally
+from fastconfig.gradients.across import Tally, check_same_losses
 from fastconfig.gradients.across import decide as decide_together
 from fastconfig.gradients.combination import Combination, weights_of
 from fastconfig.gradients.losses import Losses
@@ -152,13 +152,7 @@ class Across:
         if found_inf is not None:
             found += found_inf.to(found)
         tally.take_part(None)
-        counts = recorded.tolist()
-        if any(0 < count < self.ranks.count for count in counts):
-            told = ", ".join(f"loss {i} on {count:.0f}" for i, count in enumerate(counts) if count)
-            raise RuntimeError(
-                f"the {self.ranks.count} ranks have recorded different losses for this step ({told}); let next_loss "
-                "choose, with the same losses present on every rank, and give a rank without labels an empty batch"
-            )
+        check_same_losses(recorded, self.ranks)
         return None if squares is None else norms[chosen], found
 
     def _tally(self) -> Tally:
