@@ -76,7 +76,7 @@ def assert_as_alone(answers: list, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", OPTIONS)
-@pytest.mark.parametrize("layout", ["sharded", "tensor", "sequence", "ddp"])
+@pytest.mark.parametrize("layout", ["sharded", "tensor", "sequence", "replicate", "ddp"])
 def test_two_ranks_train_as_one_process(two: World, layout: str, how: str) -> None:
     assert_as_alone(two.run(on_a_rank, 2, layout, "config", how), "config", how)
 
