@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -81,9 +82,9 @@ def ways(count: int, x: Tensor) -> Iterator[tuple[str, float, Callable[[], Step]
         task = dist.get_rank() % LOSSES
         return lambda: (buf.backward_own(task, losses_of(model(x))[task]), buf.combine())
 
-    def mconfig() -> Step:
-        model = nn.parallel.DistributedDataParallel(network())
-        optimizer = fc.optim.MConFIG(model, num_losses=LOSSES)
+    def mconfig(*, wrapped: bool) -> Step:
+        model = nn.parallel.DistributedDataParallel(network()) if wrapped else network()
+        optimizer = fc.optim.MConFIG(model, num_losses=LOSSES, sync="auto" if wrapped else dist.group.WORLD)
 
         def step() -> None:
             loss = int(optimizer.next_loss())
@@ -110,7 +111,8 @@ def ways(count: int, x: Tensor) -> Iterator[tuple[str, float, Callable[[], Step]
     yield "sync=group", half * (LOSSES + 1), sync
     yield "sync=group, sharded=True", half * LOSSES, sharded
     yield "backward_own", half * 2, own
-    yield "M-ConFIG, DDP", 2 * half, mconfig
+    yield "M-ConFIG, DDP", 2 * half, partial(mconfig, wrapped=True)
+    yield "M-ConFIG, sync=group", 2 * half, partial(mconfig, wrapped=False)
     yield "FSDP2, gathered once", half * (1 + 2 * LOSSES), fsdp  # gloo scatters what it reduces by an all-reduce
 
 

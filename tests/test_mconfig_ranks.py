@@ -41,9 +41,9 @@ OPTIONS = {
 }
 
 
-def trained(model: nn.Module, x: Tensor, name: str, how: str) -> tuple[Tensor, Tensor, list[int]]:
+def trained(model: nn.Module, x: Tensor, name: str, how: str, sync="auto") -> tuple[Tensor, Tensor, list[int]]:
     """The parameters after some steps, the last weights, and the losses that were drawn."""
-    optimizer = fc.optim.MConFIG(model, lr=0.05, num_losses=LOSSES, method=METHODS[name](), **OPTIONS[how])
+    optimizer = fc.optim.MConFIG(model, lr=0.05, num_losses=LOSSES, method=METHODS[name](), sync=sync, **OPTIONS[how])
     drawn = []
     for _ in range(STEPS):
         for loss in optimizer.next_losses():
@@ -57,7 +57,8 @@ def trained(model: nn.Module, x: Tensor, name: str, how: str) -> tuple[Tensor, T
 def on_a_rank(rank: int, count: int, layout: str, name: str, how: str) -> tuple[Tensor, Tensor, list[int], int]:
     model, index, parts, hidden = laid_out(layout, rank, count)
     torch.manual_seed(rank)
-    return *trained(model, part(batch(), index, parts), name, how), hidden
+    sync = torch.distributed.group.WORLD if layout == "sync" else "auto"
+    return *trained(model, part(batch(), index, parts), name, how, sync), hidden
 
 
 def assert_as_alone(answers: list, name: str, how: str) -> None:
@@ -76,7 +77,7 @@ def assert_as_alone(answers: list, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", OPTIONS)
-@pytest.mark.parametrize("layout", ["sharded", "tensor", "sequence", "replicate", "ddp"])
+@pytest.mark.parametrize("layout", ["sharded", "tensor", "sequence", "replicate", "ddp", "sync"])
 def test_two_ranks_train_as_one_process(two: World, layout: str, how: str) -> None:
     assert_as_alone(two.run(on_a_rank, 2, layout, "config", how), "config", how)
 
@@ -88,7 +89,7 @@ def test_methods_that_draw_or_remember(two: World, layout: str, name: str) -> No
 
 
 @pytest.mark.parametrize("how", ["plain", "clipped"])
-@pytest.mark.parametrize("layout", ["sharded", "hybrid", "tensor and sharded"])
+@pytest.mark.parametrize("layout", ["sharded", "hybrid", "tensor and sharded", "sync"])
 def test_four_ranks_train_as_one_process(four: World, layout: str, how: str) -> None:
     assert_as_alone(four.run(on_a_rank, 4, layout, "config", how), "config", how)
 
@@ -113,13 +114,11 @@ def misused(rank: int) -> list[str]:
         error_of(lambda: fc.optim.MConFIG(network().parameters(), num_losses=2)),
         error_of(twice),
         error_of(unsynchronised),
-        error_of(lambda: fc.optim.MConFIG(network(), num_losses=2, sync=torch.distributed.group.WORLD)),
     ]
 
 
 def test_gradients_that_nobody_averages_are_refused(two: World) -> None:
-    for plain, twice, unsynchronised, group in two.run(misused):
-        assert group.startswith("ValueError: sync must be 'auto' or None, got a process group")
+    for plain, twice, unsynchronised in two.run(misused):
         assert plain.startswith("RuntimeError: 2 processes train, and this MConFIG was given plain parameters")
         assert twice.startswith("RuntimeError: record(1) backpropagated a forward pass of DistributedDataParallel for")
         assert unsynchronised.startswith("RuntimeError: record(0) inside no_sync()")
@@ -207,7 +206,7 @@ def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(two: World) -> None:
 def saved(rank: int, count: int, layout: str, folder: str, name: str) -> Tensor:
     """Some steps, a checkpoint, and some more."""
     model, index, parts, _ = laid_out(layout, rank, count)
-    optimizer = new_optimizer(model, name)
+    optimizer = new_optimizer(model, name, layout)
     x = part(batch(), index, parts)
     steps(optimizer, model, x, 5)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -222,7 +221,7 @@ def resumed(rank: int, count: int, layout: str, folder: str, name: str) -> tuple
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    optimizer = new_optimizer(model, name)
+    optimizer = new_optimizer(model, name, layout)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     checkpoint.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
@@ -233,8 +232,9 @@ def resumed(rank: int, count: int, layout: str, folder: str, name: str) -> tuple
     return values(model), optimizer.next_loss()
 
 
-def new_optimizer(model: nn.Module, name: str) -> fc.optim.MConFIG:
+def new_optimizer(model: nn.Module, name: str, layout: str) -> fc.optim.MConFIG:
     options = {"selection": "random", "generator": torch.Generator().manual_seed(3), "losses_per_step": 2}
+    options["sync"] = torch.distributed.group.WORLD if layout == "sync" else "auto"
     method = fc.PCGrad(generator=torch.Generator().manual_seed(5)) if name == "pcgrad" else METHODS[name]()
     return fc.optim.MConFIG(model, lr=0.05, num_losses=LOSSES, method=method, **options)
 
@@ -261,7 +261,49 @@ def test_a_checkpoint_between_layouts(two: World, four: World, tmp_path) -> None
     wanted = four.run(saved, 4, "hybrid", str(tmp_path), "config")[0]
     for theta, _ in two.run(resumed, 2, "sharded", str(tmp_path), "config"):
         torch.testing.assert_close(theta, wanted, rtol=1e-9, atol=1e-9)
-    folder = tmp_path / "ddp"
-    wanted = two.run(saved, 2, "ddp", str(folder), "nashmtl")[0]
-    for theta, _ in four.run(resumed, 4, "sharded", str(folder), "nashmtl"):
-        torch.testing.assert_close(theta, wanted, rtol=1e-9, atol=1e-9)
+    for first, second in (("ddp", "sharded"), ("sharded", "sync")):
+        folder = str(tmp_path / first)
+        wanted = two.run(saved, 2, first, folder, "nashmtl")[0]
+        for theta, _ in four.run(resumed, 4, second, folder, "nashmtl"):
+            torch.testing.assert_close(theta, wanted, rtol=1e-9, atol=1e-9)
+
+
+def averaged_here(rank: int, where: str) -> list:
+    """Without DistributedDataParallel: another model on each rank, a loss that one has no gradient of, a failure."""
+    torch.manual_seed(rank)
+    model = network()
+    with torch.no_grad():
+        model.scale += rank
+    optimizer = fc.optim.MConFIG(model, num_losses=LOSSES, lr=0.05, sync=torch.distributed.group.WORLD)
+    begins, x = values(model), part(batch(), rank, 2)
+
+    def step(fails: bool = False) -> None:
+        loss = optimizer.next_loss()
+        with optimizer.record(loss):
+            losses_of(model(x))[loss].backward()
+            if fails:
+                raise ToldError("no labels")
+        with optimizer.record(loss, accumulate=True):
+            if rank == 0:
+                losses_of(model(x))[loss].backward()
+        shown.append(model.second.weight.grad.clone())
+        optimizer.step()
+
+    shown: list[Tensor] = []
+    told = error_of(lambda: step(fails=where == "fails" and rank == 1))
+    for _ in range(4):
+        step()
+    return [begins, values(model), told, torch.stack(shown[-4:])]
+
+
+@pytest.mark.parametrize("where", ["fails", "goes on"])
+def test_replicas_are_averaged_without_a_wrapper(two: World, where: str) -> None:
+    first, second = two.run(averaged_here, where)
+    for i in (0, 1, 3):
+        assert torch.equal(first[i], second[i])
+    assert not torch.equal(first[0], first[1])
+    if where == "fails":
+        assert second[2] == "ToldError: no labels"
+        assert first[2].startswith("RuntimeError: rank 1 raised ToldError")
+    else:
+        assert first[2] == second[2] == ""

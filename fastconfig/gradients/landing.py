@@ -376,7 +376,7 @@ class GradientRows(Generic[Place]):
             flags = self.reached[shown]
             if not self._all_show:
                 flags = tuple([a and b for a, b in zip(flags, self._shows, strict=True)])
-            self._row(shown).shown.show(self._sweep, flags, hides=False)
+            self.shown(shown).show(self._sweep, flags, hides=False)
 
     def show(self, shown: Shown, flags: tuple[bool, ...]) -> None:
         """Make ``p.grad`` of the flagged parameters their views, that of the others None."""

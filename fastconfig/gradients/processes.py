@@ -47,12 +47,12 @@ def ranks_of(
         return None
     found = group if group is not None else _group_of_meshes(parameters) or _group_of_ddp(module, parameters)
     if found is None:
-        hint = ", or sync=group, which averages them" if owner == "GradientBuffer" else ""
         raise RuntimeError(
             f"{torch.distributed.get_world_size()} processes train, and this {owner} was given plain parameters, so "
             "each would combine its own gradients and go its own way. Give it the module that is wrapped in "
             "DistributedDataParallel or made of DTensors by fully_shard, or group= where the gradients of parameters "
-            f"named alike are already equal on all ranks{hint}; or say sync=None where every process trains for itself"
+            "named alike are already equal on all ranks, or sync=group, which averages them; or say sync=None where "
+            "every process trains for itself"
         )
     ranks = Ranks(found)
     return None if ranks.count == 1 else ranks

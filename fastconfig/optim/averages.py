@@ -15,6 +15,7 @@ from fastconfig.backends.moments import Moments, Piece, Recorded
 from fastconfig.backends.momentum import Segment, segment_on
 from fastconfig.backends.rows import Rows
 from fastconfig.gradients import landing, parameters
+from fastconfig.gradients.exchange import AveragedRows, AveragedSegment
 from fastconfig.gradients.landing import GradientRows
 from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.local import like_parameter
@@ -50,6 +51,7 @@ class Averages:
         backend: as in ``fc.combine``.
         layout: who holds what, where several ranks train the model.
         ranks: those ranks.
+        averages: whether gradients are averaged over them here.
 
     Attributes:
         rows: where gradients land.
@@ -68,12 +70,21 @@ class Averages:
         backend: str | None,
         layout: Layout | None = None,
         ranks: Ranks | None = None,
+        averages: bool = False,
     ) -> None:
         group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group}
         kinds = _by_kind(parameter for group in groups for parameter in group)
-        segments = [
-            landing.Segment(kind if layout is None else layout.ordered(kind), count, dtype) for dtype, kind in kinds
-        ]
+        vectors = count + num_losses + 1
+        if layout is not None:
+            kinds = [(dtype, layout.ordered(kind)) for dtype, kind in kinds]
+        self.rows: GradientRows[Any]
+        if averages and ranks is not None:
+            averaged = [AveragedSegment(kind, count, dtype, ranks) for dtype, kind in kinds]
+            self.rows = AveragedRows(averaged, count, "MConFIG", vectors, ranks)
+        else:
+            plain = [landing.Segment(kind, count, dtype) for dtype, kind in kinds]
+            self.rows = GradientRows(plain, count, "MConFIG", vectors)
+        segments: Sequence[landing.Segment] = self.rows.segments
         self._shares = [
             [(0, segment.n)]
             if layout is None or ranks is None
@@ -84,7 +95,6 @@ class Averages:
             backends.select(segment.device, backend)  # now, not in the first step, is the time to complain
         self._backend = backend
         self.moments = [_moments(segment, num_losses, state_dtype) for segment in segments]
-        self.rows = GradientRows(segments, count, "MConFIG", vectors=count + num_losses + 1)
         self._places = [
             _place(s, segment, first, group_of[id(parameter)], parameter)
             for s, segment in enumerate(segments)

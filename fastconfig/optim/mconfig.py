@@ -16,12 +16,13 @@ from fastconfig.backends.moments import Group, Ledger, StepRule
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
 from fastconfig.gradients.combination import Combination
+from fastconfig.gradients.exchange import AveragedRows, make_equal
 from fastconfig.gradients.landing import Recording
 from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Losses
 from fastconfig.gradients.parameters import Source, Watch, check_in_memory, trained
 from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
-from fastconfig.gradients.ranks import is_group
+from fastconfig.gradients.ranks import is_group, is_told
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful, method_of
 from fastconfig.optim.averages import Averages
 from fastconfig.optim.checks import check_count, check_group, check_parameter, checked_method, checked_norm
@@ -73,10 +74,10 @@ class MConFIG(Optimizer):
         maximize: ascend.
         differentiable: must be False.
         backend: as in ``fc.combine``.
-        sync, group, local: as of ``fc.GradientBuffer``: how the gradients of several ranks meet; but ``sync`` is no
-            group, as DistributedDataParallel averages the one backward pass of a step for no more. Products of averages
+        sync, group, local: as of ``fc.GradientBuffer``: how the gradients of several ranks meet. With ``sync=group``
+            they are averaged here when a block of ``record`` ends; every rank has all averages. Products of averages
             are summed over the columns that each rank owns, rank 0 asks the method, and every rank draws the same
-            losses. The constructor, ``step`` and ``refresh`` are then calls of all ranks.
+            losses. The constructor, ``record``, ``step`` and ``refresh`` are then calls of all ranks.
 
     Raises:
         TypeError, ValueError: an argument that cannot be; the message names it, its value and the remedy.
@@ -148,11 +149,6 @@ class MConFIG(Optimizer):
         self._max_update_norm = checked_norm("max_update_norm", max_update_norm)
         self._state_dtype = state_dtype
         self._backend = backend
-        if is_group(sync):
-            raise ValueError(
-                "sync must be 'auto' or None, got a process group: MConFIG averages no gradients; give it the module "
-                "within DistributedDataParallel, which sends no more for its one backward pass a step"
-            )
         self._sync, self._group, self._local = sync, group, tuple(local)
         self._selector = LossSelector(selection, m, losses_per_step, generator)
         self._last_beta1: float | None = None  # of the last step: a scheduler may have changed the groups' since
@@ -431,8 +427,7 @@ class MConFIG(Optimizer):
         if failed is not None:
             if adds or self._across is not None:
                 self._forget()
-            if self._across is not None and isinstance(failed, Exception):
-                self._across.fail(failed)
+            self._tell_failure(failed)
             if unreduced is not None:
                 raise unreduced
             return
@@ -448,6 +443,15 @@ class MConFIG(Optimizer):
         before = [row for row in self._latest if row != slot]
         self._averages.carry_nonfinite(slot, before)
         self._latest = [slot, *before]
+
+    def _tell_failure(self, failed: BaseException) -> None:
+        """Tell the other ranks, who are on their way to ``step``, that this one's step is over; raises it."""
+        if self._across is None or not isinstance(failed, Exception) or is_told(failed):
+            return
+        if isinstance(self._rows, AveragedRows):
+            self._rows.call_roll(failed)
+        else:
+            self._across.fail(failed)
 
     def _forget(self) -> None:
         self._recorded.clear()
@@ -584,8 +588,17 @@ class MConFIG(Optimizer):
         ranks = ranks_of(self._source.module, flat, self._sync, self._group, "MConFIG")
         layout = None if ranks is None else Layout(flat, self._names(), ranks, identities_of(self._local))
         averages = Averages(
-            wanted, self._num_losses, self._losses_per_step, self._state_dtype, self._backend, layout, ranks
+            wanted,
+            self._num_losses,
+            self._losses_per_step,
+            self._state_dtype,
+            self._backend,
+            layout,
+            ranks,
+            is_group(self._sync),
         )
+        if is_group(self._sync) and ranks is not None:
+            make_equal(averages.parameters, ranks)
         home = averages.rows.segments[0].device
         return averages, None if ranks is None else Across(ranks, self._num_losses, home)
 
