@@ -309,7 +309,7 @@ class GradientBuffer:
         rows = self._rows
         rows.check_not_recording("backward")
         self._wrappers.check_open("backward")
-        self._wrappers.check_tensors(sum(isinstance(loss, Tensor) for loss in given))
+        self._wrappers.check_tensors(given)
         adds = [False] * self._num_losses
         if _NEW in self._states:
             for i in range(self._num_losses):

@@ -129,15 +129,17 @@ class Wrappers:
     def __init__(self, module: Module | None) -> None:
         self._ddp = ddp_modules(module)
         self._fsdp = [part for part in module.modules() if hasattr(part, "_get_fsdp_state")] if module else []
+        self._are_any = bool(self._ddp or self._fsdp)  # most models have none, and pay no more than this question
         self._is_fresh = True
         self._held: list[Any] = []
         handles = [part.register_forward_pre_hook(_noting(weakref.ref(self))) for part in self._ddp]
         for handle in handles:
             weakref.finalize(self, handle.remove)
 
-    def check_tensors(self, count: int) -> None:
+    def check_tensors(self, losses: Sequence[object]) -> None:
         """ValueError where several losses are given as tensors, which were made before the first is backpropagated."""
-        if self._ddp and count > 1:
+        count = sum(isinstance(loss, Tensor) for loss in losses) if self._ddp else 0
+        if count > 1:
             raise ValueError(
                 f"{count} losses were given as tensors, and DistributedDataParallel averages the gradients of one "
                 "backward pass after a forward pass, so those of the others would stay local; give callables that "
@@ -146,6 +148,8 @@ class Wrappers:
 
     def check_open(self, call: str) -> None:
         """RuntimeError where gradients are to stay local."""
+        if not self._are_any:
+            return
         if any(not part.require_backward_grad_sync for part in self._ddp):
             raise RuntimeError(
                 f"{call} inside no_sync(): DistributedDataParallel would leave these gradients local; record outside "
@@ -178,6 +182,8 @@ class Wrappers:
         Those that FSDP keeps from forward to backward pass, so that there is memory for them; else they are gathered
         for every loss, as FSDP was told.
         """
+        if not self._fsdp:
+            return
         self._held = [
             group
             for group in self._param_groups()
