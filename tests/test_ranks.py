@@ -29,6 +29,7 @@ from worlds import World, world_of
 
 import fastconfig as fc
 from fastconfig.diagnostics import collect_config
+from fastconfig.gradients import processes
 
 two = world_of(2)
 four = world_of(4)
@@ -765,3 +766,33 @@ def compiled_combination(rank: int) -> Tensor:
 def test_a_compiled_step_combines_outside_of_its_graph(two: World) -> None:
     for grad in two.run(compiled_combination):
         torch.testing.assert_close(grad, alone("config", 7)["grad"])
+
+
+def overflowed(rank: int, sharded: bool) -> list[bool]:
+    """A row that overflowed, which the method drops, is left for a scaler to find on every rank."""
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    x = part(batch(), rank, 2)
+    buf.backward(list(scaler.scale(losses_of(model(x)))))
+    if rank == 1:
+        buf.rows[1, 3] = torch.inf
+    buf.combine(fc.ConFIG(nonfinite="drop"), scaler=scaler, sharded=sharded)
+    (segment,) = buf.segments
+    return [bool((segment.share if sharded else gradient(model)).isfinite().all()), bool(buf.combination.weights[1])]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_overflow_that_is_dropped_is_found_on_every_rank(two: World, sharded: bool) -> None:
+    assert two.run(overflowed, sharded) == [[False, False]] * 2
+
+
+def test_what_was_made_before_the_processes_met_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    buf, optimizer = fc.GradientBuffer(model, LOSSES), fc.optim.MConFIG(network(), num_losses=LOSSES)
+    buf.backward(losses_of(model(batch())))
+    monkeypatch.setattr(processes, "world", lambda: "several")
+    assert error_of(buf.combine).startswith("RuntimeError: combine: torch.distributed runs several processes now")
+    assert error_of(optimizer.step).startswith("RuntimeError: step: torch.distributed runs several processes now")
+    monkeypatch.undo()
+    assert error_of(buf.combine) == ""

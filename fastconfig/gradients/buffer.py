@@ -27,7 +27,7 @@ from fastconfig.gradients.losses import Loss, Losses
 from fastconfig.gradients.memory import aligned_rows
 from fastconfig.gradients.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
 from fastconfig.gradients.parts import By, rows_of_parts, runs_of_parts
-from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
+from fastconfig.gradients.processes import Solitude, Sync, Wrappers, identities_of, ranks_of
 from fastconfig.gradients.ranks import Ranks, is_group, is_told
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
@@ -466,6 +466,7 @@ class GradientBuffer:
         rows.check_parameters()
         if not is_dynamo_compiling():
             self._watch.check("combine")
+            self._solitude.check("combine")
         if stale not in ("warn", "error", "use"):
             raise ValueError(f"stale must be 'warn', 'error' or 'use', got {stale!r}")
         if self._together is None and True not in self._reached():
@@ -612,6 +613,7 @@ class GradientBuffer:
         check_in_memory(tensors)
         wanted = list({id(p): p for p in tensors if p.requires_grad or id(p) in staying}.values())
         ranks = ranks_of(self._source.module, wanted, self._sync, self._group, "GradientBuffer")
+        self._solitude = Solitude("GradientBuffer", self._sync)
         self._rows, self._together = self._rows_on(ranks, wanted, names)
         self._shared = self._rows if isinstance(self._rows, SharedRows) else None
         self._source.read_again()
@@ -745,6 +747,8 @@ class GradientBuffer:
     def _leave_overflow_to_be_found(self, gramian: Tensor, reached: Sequence[bool]) -> None:
         """Put NaN where a scaler looks, if a row is not finite: a method that drops it leaves no other trace."""
         bad = torch.where(torch.isfinite(gramian.diagonal()).all(), 0.0, torch.nan)
+        for shared in self._shared.segments if self._shared is not None else ():
+            shared.share[:1] += bad.to(shared.device)
         flags = iter(reached)
         for segment in self.segments:
             for parameter, start in zip(segment.parameters, segment.starts, strict=True):

@@ -58,6 +58,27 @@ def ranks_of(
     return None if ranks.count == 1 else ranks
 
 
+class Solitude:
+    """Whether a process that trains alone still does: others may have been initialised since.
+
+    Args:
+        owner: the class that errors name.
+        sync: as the buffer's; where it is not ``"auto"``, the user has said.
+    """
+
+    def __init__(self, owner: str, sync: Sync) -> None:
+        self._owner = owner
+        self._began_alone = sync == "auto" and world() is None
+
+    def check(self, call: str) -> None:
+        """RuntimeError where torch.distributed was initialised after the owner was made."""
+        if self._began_alone and world() is not None:
+            raise RuntimeError(
+                f"{call}: torch.distributed runs several processes now and did not when this {self._owner} was made, "
+                f"so this rank would go its own way; make the {self._owner} after init_process_group"
+            )
+
+
 def _check_replicas(module: Module | None, parameters: Sequence[Tensor], group: ProcessGroup | None) -> None:
     """ValueError where somebody else averages the gradients."""
     if group is not None:

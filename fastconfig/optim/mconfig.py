@@ -21,7 +21,7 @@ from fastconfig.gradients.landing import Recording
 from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Losses
 from fastconfig.gradients.parameters import Source, Watch, check_in_memory, trained
-from fastconfig.gradients.processes import Sync, Wrappers, identities_of, ranks_of
+from fastconfig.gradients.processes import Solitude, Sync, Wrappers, identities_of, ranks_of
 from fastconfig.gradients.ranks import is_group, is_told
 from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, Stateful, method_of
 from fastconfig.optim.averages import Averages
@@ -401,6 +401,7 @@ class MConFIG(Optimizer):
     def _check_recorded(self, losses: tuple[int, ...]) -> None:
         """RuntimeError unless there is a gradient for each loss, over parameters that are where they were."""
         self._watch.check("step")
+        self._solitude.check("step")
         if self._unreached and not losses:
             raise RuntimeError(
                 "step found no gradient: no backward pass inside record reached a parameter, for "
@@ -586,6 +587,7 @@ class MConFIG(Optimizer):
         wanted = [[p for p in group if p.requires_grad or id(p) in kept] for group in groups]
         flat = [parameter for group in wanted for parameter in group]
         ranks = ranks_of(self._source.module, flat, self._sync, self._group, "MConFIG")
+        self._solitude = Solitude("MConFIG", self._sync)
         layout = None if ranks is None else Layout(flat, self._names(), ranks, identities_of(self._local))
         averages = Averages(
             wanted,
