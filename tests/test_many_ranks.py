@@ -79,7 +79,7 @@ def fake_world(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_a_rank_of_a_thousand_holds_and_calls(fake_world: list[tuple[str, int]]) -> None:
-    """Rows of m·n/W elements; a roll call and an exchange a loss, then K, then c, then the result."""
+    """Rows of m·n/W elements; an exchange and a roll call a loss, then K, then c, then the result."""
     model, m = nn.Linear(1000, 1000, bias=False), 4
     buf = fc.GradientBuffer(model, m, sync=dist.group.WORLD)
     n = 1_000_000
@@ -90,13 +90,13 @@ def test_what_a_rank_of_a_thousand_holds_and_calls(fake_world: list[tuple[str, i
     out = model(torch.ones(2, 1000))
     buf.backward([out[:, i].square().mean() for i in range(m)])
     whole = 1024 * WORLD
-    assert fake_world == [("sum", 2 * WORLD), ("start_exchange", whole)] * m
+    assert fake_world == [("start_exchange", whole), ("sum", 2 * WORLD + 1)] * m
     fake_world.clear()
     segment.rows.normal_()  # nothing has arrived
     buf.combine()
     told = m * m + 1 + 2 * m + WORLD  # K, a flag a parameter, two a loss, one a rank
     assert fake_world == [
-        ("sum", 2 * WORLD),
+        ("sum", 2 * WORLD + 1),
         ("sum", told),
         ("broadcast", m * m + m + 1),
         ("gather_shares", whole),

@@ -29,7 +29,7 @@ from worlds import World, world_of
 
 import fastconfig as fc
 from fastconfig.diagnostics import collect_config
-from fastconfig.gradients import processes
+from fastconfig.gradients import exchange, processes
 
 two = world_of(2)
 four = world_of(4)
@@ -379,7 +379,7 @@ def shared_out(rank: int) -> dict:
     buf.backward(losses_of(model(x)))
     buf.combine(sharded=True)
     hidden = all(p.grad is None for p in model.parameters())
-    shares, columns = segment.share.clone(), segment.columns
+    shares = torch.cat([segment.share[here : here + count] for here, _, count in segment.runs])
     buf.combine(stale="use")
     whole = gradient(model)
     halves = x.split(2)
@@ -391,7 +391,7 @@ def shared_out(rank: int) -> dict:
     return {
         "begins": begins,
         "hidden": hidden,
-        "share": shares[: columns[1] - columns[0]],
+        "share": shares,
         "whole": whole,
         "shape": tuple(buf.rows.shape),
         "accumulated": accumulated,
@@ -796,3 +796,81 @@ def test_what_was_made_before_the_processes_met_is_noticed(monkeypatch: pytest.M
     assert error_of(optimizer.step).startswith("RuntimeError: step: torch.distributed runs several processes now")
     monkeypatch.undo()
     assert error_of(buf.combine) == ""
+
+
+def by_buckets(rank: int, case: str) -> list:
+    """Every parameter travels by itself, and something happens to a gradient that has been sent."""
+    exchange.BUCKET_BYTES = 1
+    try:
+        model = network()
+        buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    finally:
+        exchange.BUCKET_BYTES = 25 << 20
+    x = part(batch(), rank, 2)
+    (segment,) = buf.segments
+    assert len(segment.buckets) == len(segment.parameters) == 7
+
+    def record(i: int) -> None:
+        with buf.record(i):
+            loss = losses_of(model(x))[i]
+            if case == "two passes":
+                (loss / 4).backward(retain_graph=True)
+                (3 * loss / 4).backward()
+                return
+            loss.backward()
+            if case == "changed" and rank == 1:
+                model.second.weight.grad.mul_(3.0)
+                model.first.bias.grad = 2 * model.first.bias.grad
+                model.scale.grad = None
+            if case == "fails" and rank == 1 and i == 1:
+                raise ToldError("after it was sent")
+
+    if case == "own":
+        buf.backward_own(rank, losses_of(model(batch()))[rank])
+    elif case == "fails":
+        told = errors_of(lambda: [record(i) for i in range(LOSSES)])
+        assert "ToldError: after it was sent" in told[0]
+        buf.backward(losses_of(model(x)))
+    elif case == "all":
+        buf.backward(losses_of(model(x)))
+    else:
+        for i in range(LOSSES):
+            record(i)
+    made = buf.combine(fc.GradDrop() if case == "all" else fc.UPGrad())
+    parts = buf.gramian(by="parameter")
+    assert torch.allclose(sum(parts.values()), made.gramian)
+    grad = gradient(model)
+    buf.combine(fc.UPGrad(), sharded=True, stale="use")
+    assert sum(count for _, _, count in segment.runs) + 64 >= segment.n // 2
+    return [grad, made.gramian]
+
+
+@pytest.mark.parametrize("case", ["all", "two passes", "changed", "fails", "own"])
+def test_buckets_bring_what_a_gradient_is_when_the_block_ends(two: World, case: str) -> None:
+    torch.manual_seed(0)
+    (grad, gramian), other = two.run(by_buckets, case)
+    assert torch.equal(grad, other[0])
+    assert torch.equal(gramian, other[1])
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES)
+    if case == "own":
+        losses = losses_of(model(batch()))
+        buf.backward([losses[0], losses[1], None])
+    elif case == "changed":
+        for i in range(LOSSES):
+            with buf.record(i):
+                losses_of(model(batch()[:4]))[i].backward()
+                half = [p.grad / 2 for p in model.parameters() if p.requires_grad]
+                model.zero_grad()
+                losses_of(model(batch()[4:]))[i].backward()
+                model.second.weight.grad.mul_(3.0)
+                model.first.bias.grad.mul_(2.0)
+                model.scale.grad.zero_()
+                for p, other_half in zip([p for p in model.parameters() if p.requires_grad], half, strict=True):
+                    p.grad = p.grad / 2 + other_half
+    else:
+        buf.backward(losses_of(model(batch())))
+    wanted = buf.combine(fc.UPGrad())
+    torch.testing.assert_close(gramian, wanted.gramian)
+    if case != "all":  # whose draws are by the column of the whole model, and of a seed of rank 0
+        torch.testing.assert_close(grad, gradient(model))

@@ -46,6 +46,8 @@ class Held(NamedTuple):
     out: Tensor
     """(n_held,), for the combined gradient."""
     regions: Sequence[Region]
+    segment: int
+    """Which of this rank's segments they are of."""
     begin: int
     """Which column of its segment the first of the rows is: not 0 where the rows are a share of it."""
     numbers: Sequence[tuple[int, int, int]]
@@ -183,10 +185,11 @@ class Together:
                 rows=segment.description,
                 out=segment.grad,
                 regions=layout.regions(segment.parameters),
+                segment=index,
                 begin=0,
                 numbers=layout.numbers(segment.parameters),
             )
-            for segment in segments
+            for index, segment in enumerate(segments)
         ]
         numbers = [layout.number(parameter) for segment in segments for parameter in segment.parameters]
         return cls(ranks, parts, numbers, len(layout.names), num_losses)
@@ -282,7 +285,9 @@ class Together:
         totals = torch.zeros(len(names), m, m, dtype=torch.float64, device=self._home)
         for name, total in zip(names, totals, strict=True):
             for s, first, last in runs.get(name, ()):
-                _sum_of_gramians(owned(self._parts[s], self.ranks, (first, last)), total)
+                for held in self._parts:
+                    if held.segment == s:
+                        _sum_of_gramians(owned(held, self.ranks, (first, last)), total)
         self.ranks.total(totals)
         return dict(zip(names, totals.unbind(), strict=True))
 

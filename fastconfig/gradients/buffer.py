@@ -370,7 +370,7 @@ class GradientBuffer:
             raise ValueError("backward_own is of a buffer with sync=group, whose ranks bring gradients together by it")
         shared.begin("backward_own")
         try:
-            shared.open(row, self._calls[row], adds=True)
+            shared.open_own(row, self._calls[row])
             value = loss if isinstance(loss, Tensor) else loss()
             self._losses.check_one(value, row)
             _backward(value, retain_graph)
@@ -425,7 +425,7 @@ class GradientBuffer:
             rule = self._checked_for_combining(method, stale)
         except Exception as error:
             if self._shared is not None:
-                self._shared.call_roll(error)
+                self._shared.fail(error)
             elif self._together is not None:
                 self._together.fail(error)
             raise
@@ -689,7 +689,7 @@ class GradientBuffer:
             self.zero()
         elif self._shared is not None:
             try:
-                self._shared.call_roll(failed)
+                self._shared.fail(failed)
             finally:
                 self.zero()
         else:

@@ -277,7 +277,7 @@ class GradientRows(Generic[Place]):
             for i, parameter in enumerate(self.parameters)
             if self._hooked[i]
         ]
-        weakref.finalize(self, _remove_hooks, handles)
+        weakref.finalize(self, remove_hooks, handles)
 
     def shown(self, row: int) -> Shown:
         """A row seen as one tensor a parameter."""
@@ -507,6 +507,7 @@ def either(some: tuple[bool, ...], others: tuple[bool, ...]) -> tuple[bool, ...]
     return tuple([a or b for a, b in zip(some, others, strict=True)])
 
 
-def _remove_hooks(handles: Sequence[RemovableHandle]) -> None:
+def remove_hooks(handles: Sequence[RemovableHandle]) -> None:
+    """Take hooks away that are of no use any more."""
     for handle in handles:
         handle.remove()
