@@ -20,7 +20,7 @@ from fastconfig.backends.rows import Rows
 from fastconfig.gradients import landing
 from fastconfig.gradients.across import Held, Tally, Together
 from fastconfig.gradients.layout import ALIGNED, Region
-from fastconfig.gradients.memory import aligned_rows
+from fastconfig.gradients.memory import aligned_rows, fresh
 from fastconfig.gradients.parameters import columns_of, shaped_like
 from fastconfig.gradients.ranks import Ranks
 from fastconfig.ops import backend_for
@@ -95,6 +95,8 @@ class SharedSegment(landing.Segment):
         self.description = Rows(count, width, self.dtype, self.device, self.rows, ())
         self.grad = aligned_rows(1, self.n, self.dtype, self.device)[0]
         self.share = torch.zeros(width, dtype=self.dtype, device=self.device)
+        widest = max((bucket.each for bucket in self.buckets), default=0)
+        self._gathered = fresh(widest * ranks.count, self.wire_dtype, self.device)
         self._ranks = ranks
         self.runs = [run for bucket in self.buckets for run in self._run(bucket)]
 
@@ -120,7 +122,7 @@ class SharedSegment(landing.Segment):
         """Give every rank the whole combined gradient."""
         for bucket in self.buckets:
             share = self.share[bucket.at : bucket.at + bucket.each].to(self.wire_dtype)
-            whole = share.new_empty(len(share) * self._ranks.count)
+            whole = self._gathered[: len(share) * self._ranks.count]
             self._ranks.gather_shares(whole, share)
             self.grad[bucket.begin : bucket.end] = whole[: bucket.end - bucket.begin]
 
@@ -251,6 +253,7 @@ class SharedRows(landing.GradientRows[SharedSegment]):
             for position in range(first, first + bucket.last - bucket.first)
         }
         self._flying: deque[_Flight] = deque()
+        self._idle: list[Tensor] = []
         self._is_open = self._streams = False
         self._row_now, self._adds_now, self._next = 0, False, 0
         self._tasks: Sequence[int] | None = None
@@ -391,17 +394,24 @@ class SharedRows(landing.GradientRows[SharedSegment]):
         if len(self._flying) >= IN_FLIGHT:
             self._receive()
         segment, bucket, first = self._places[place]
-        whole = torch.zeros(bucket.each * self._ranks.count, dtype=segment.dtype, device=segment.device)
+        whole = self._memory(bucket.each * self._ranks.count, segment.dtype, segment.device)
         with torch.no_grad():
             for i, grad in enumerate(grads):
-                if grad is not None:
-                    parameter = segment.parameters[bucket.first + i]
-                    begin = segment.starts[bucket.first + i] - bucket.begin
-                    dense = grad if grad.layout is torch.strided else self._densified(grad, first + i)
-                    shaped_like(parameter, whole[begin : begin + columns_of(parameter)]).copy_(dense)
+                parameter = segment.parameters[bucket.first + i]
+                begin = segment.starts[bucket.first + i] - bucket.begin
+                columns = whole[begin : begin + columns_of(parameter)]
+                if grad is None:
+                    columns.zero_()
+                    continue
+                dense = grad if grad.layout is torch.strided else self._densified(grad, first + i)
+                shaped_like(parameter, columns).copy_(dense)
+        whole[bucket.end - bucket.begin :].zero_()
         sent = whole.to(segment.wire_dtype)
+        if sent is not whole:
+            self._idle.append(whole)
         own = self._tasks is not None or segment.device.type == "cpu"
-        arriving = sent.new_empty(self._ranks.count if own else 1, bucket.each)
+        parts = self._ranks.count if own else 1
+        arriving = self._memory(parts * bucket.each, sent.dtype, sent.device).view(parts, bucket.each)
         # gloo reduces all and hands out shares; so exchange, and add up here, in the ranks' order, rounding once.
         start = self._ranks.start_exchange if own else self._ranks.start_averaging
         work = start(sent, arriving.view(-1))
@@ -409,10 +419,10 @@ class SharedRows(landing.GradientRows[SharedSegment]):
 
     def _receive(self) -> None:
         """Wait for the bucket that was sent first, and put it into its row, or add it."""
-        segment, bucket, work, _, arriving, row, adds, tasks = self._flying.popleft()
+        segment, bucket, work, sent, travelled, row, adds, tasks = self._flying.popleft()
         if work is not None:
             work.wait()
-        arriving = arriving.to(segment.dtype)
+        arriving = travelled.to(segment.dtype)
         for i in range(len(self.reached)) if tasks is not None else (row,):
             out = segment.rows[i, bucket.at : bucket.at + bucket.each]
             before = out.clone() if adds else None
@@ -422,6 +432,14 @@ class SharedRows(landing.GradientRows[SharedSegment]):
                 average_of(arriving, [r for r in range(len(arriving)) if tasks is None or tasks[r] == i], out)
             if before is not None:
                 out.add_(before)
+        self._idle += [sent, travelled.view(-1)]
+
+    def _memory(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(count,) without a value: what a bucket left that has arrived, where there is some."""
+        for i, block in enumerate(self._idle):
+            if (len(block), block.dtype, block.device) == (count, dtype, device):
+                return self._idle.pop(i)
+        return fresh(count, dtype, device)
 
 
 def _note_landing(rows: weakref.ref[SharedRows], index: int, parameter: Tensor) -> None:
