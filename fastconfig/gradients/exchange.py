@@ -338,6 +338,7 @@ class SharedRows(landing.GradientRows[SharedSegment]):
         """
         if self._is_open:
             self._is_open = self._streams = False
+            self._landed = {}
             for place in range(self._next, len(self._places)):
                 self._send(place, [None] * len(self._positions(place)))
         self.call_roll(error)
@@ -377,6 +378,7 @@ class SharedRows(landing.GradientRows[SharedSegment]):
         for place in self._again:
             self._send(place, [grads[i] for i in self._positions(place)])
         self.reached[row] = landing.either(self.reached[row], flags) if adds else flags
+        self._landed = {}  # gradients are not kept alive
 
     def _has_changed(self, index: int, grad: Tensor | None) -> bool:
         """Whether a parameter's gradient is another than the one that was sent."""
