@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -468,6 +469,7 @@ def one_fails_where_rows_are_shared(rank: int, where: str) -> list:
         "backward": lambda: buf.backward([lambda i=i: loss(i) for i in range(LOSSES)]),
         "own": lambda: buf.backward_own(1, lambda: loss(1)),
         "combine": lambda: buf.combine(stale="nonsense" if rank else "use"),
+        "check": lambda: buf.backward([torch.ones(2 - rank).sum().requires_grad_(rank == 0)] * LOSSES),
     }
     told = error_of(cases[where])
     nothing = error_of(buf.combine)
@@ -476,10 +478,11 @@ def one_fails_where_rows_are_shared(rank: int, where: str) -> list:
     return [told, nothing, gradient(model), made.absent]
 
 
-@pytest.mark.parametrize("where", ["record", "backward", "own", "combine"])
+@pytest.mark.parametrize("where", ["record", "backward", "own", "combine", "check"])
 def test_a_rank_that_fails_where_rows_are_shared_ends_the_step_on_all(two: World, where: str) -> None:
     first, second = two.run(one_fails_where_rows_are_shared, where)
-    error = "ValueError: stale must be" if where == "combine" else "ToldError: no labels"
+    errors = {"combine": "ValueError: stale must be", "check": "ValueError: losses[0] does not require grad"}
+    error = errors.get(where, "ToldError: no labels")
     assert second[0].startswith(error)
     assert first[0].startswith(("RuntimeError: rank 1 raised ToldError", "ValueError: rank 1 raised ValueError"))
     assert first[1].startswith("RuntimeError: combine found nothing to combine")
@@ -874,3 +877,37 @@ def test_buckets_bring_what_a_gradient_is_when_the_block_ends(two: World, case: 
     torch.testing.assert_close(gramian, wanted.gramian)
     if case != "all":  # whose draws are by the column of the whole model, and of a seed of rank 0
         torch.testing.assert_close(grad, gradient(model))
+
+
+def without_labels(rank: int) -> tuple[Tensor, tuple[int, ...], str]:
+    """One rank has no labels at all; then none has."""
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    buf.backward([None] * LOSSES if rank else losses_of(model(batch())))
+    made = buf.combine()
+    grad = gradient(model)
+    buf.backward([None] * LOSSES)
+    return grad, made.absent, error_of(buf.combine)
+
+
+def test_a_rank_without_any_labels_takes_part(two: World) -> None:
+    for grad, absent, nothing in two.run(without_labels):
+        torch.testing.assert_close(grad, alone("config", 7)["grad"] / 2)
+        assert absent == ()
+        assert nothing.startswith("RuntimeError: combine found nothing to combine: every loss was absent")
+
+
+def stepped_by_nothing(rank: int) -> list[str]:
+    model = network()
+    buf = fc.GradientBuffer(model, LOSSES, sync=torch.distributed.group.WORLD)
+    buf.backward(losses_of(model(part(batch(), rank, 2))))
+    buf.combine(sharded=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return [str(warning.message) for warning in said]
+
+
+def test_an_optimizer_that_steps_by_no_gradient_is_told(two: World) -> None:
+    for said in two.run(stepped_by_nothing):
+        assert any("after combine(sharded=True)" in message for message in said)

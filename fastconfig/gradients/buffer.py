@@ -25,7 +25,15 @@ from fastconfig.gradients.landing import GradientRows, Recording, Shown
 from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Loss, Losses
 from fastconfig.gradients.memory import aligned_rows
-from fastconfig.gradients.parameters import Parameters, Source, Watch, by_kind, check_in_memory, trained
+from fastconfig.gradients.parameters import (
+    Parameters,
+    Source,
+    Watch,
+    by_kind,
+    check_in_memory,
+    columns_of,
+    trained,
+)
 from fastconfig.gradients.parts import By, rows_of_parts, runs_of_parts
 from fastconfig.gradients.processes import Solitude, Sync, Wrappers, identities_of, ranks_of
 from fastconfig.gradients.ranks import Ranks, is_group, is_told
@@ -154,6 +162,7 @@ class GradientBuffer:
         self._methods: dict[str, Method | StreamingMethod] = {}
         self._reminder = Reminder()
         self._is_scaled = self._awaits_step = self._accumulates = self._was_stepped = False  # see before_step
+        self._is_in_shares = False
         self.combination: Combination | None = None
         self._build()
         self._states = [_EMPTY] * self._num_losses
@@ -304,12 +313,18 @@ class GradientBuffer:
 
         If a callable or a backward pass raises, every row is zeroed: rows of two steps are never combined.
         """
-        given = self._losses.in_order(losses)
-        last_tensor = self._losses.check(given, may_all_be_absent=bool(accumulate))
         rows = self._rows
         rows.check_not_recording("backward")
-        self._wrappers.check_open("backward")
-        self._wrappers.check_tensors(given)
+        try:
+            given = self._losses.in_order(losses)
+            # Of several ranks one may have no labels at all; combine says so where none has.
+            may_all_be_absent = bool(accumulate) or self._together is not None
+            last_tensor = self._losses.check(given, may_all_be_absent)
+            self._wrappers.check_open("backward")
+            self._wrappers.check_tensors(given)
+        except Exception as error:
+            self._tell_failure(error, is_before_the_first=True)
+            raise
         adds = [False] * self._num_losses
         if _NEW in self._states:
             for i in range(self._num_losses):
@@ -453,6 +468,7 @@ class GradientBuffer:
         rtol = (rule if isinstance(rule, ConFIG) else DEFAULT_METHOD).rule.rtol
         self.combination = Combination(gramian, weights, rtol, self._losses, absent)
         self._states = [_USED if state == _NEW else state for state in self._states]
+        self._is_in_shares = self._shared is not None and sharded
         self._is_scaled = scaler is not None
         self._awaits_step = not self._is_scaled  # a scaler leaves steps out
         return self.combination
@@ -543,13 +559,16 @@ class GradientBuffer:
         is_first = not self._outside.is_done
         is_awaited = self._awaits_step and self._accumulates
         scaler = 0 if self._is_scaled or self._reminder.has_said("scaler") else frames_to_scaler()
-        if not (is_new or is_first or is_awaited or scaler):
+        if not (is_new or is_first or is_awaited or scaler or self._is_in_shares):
             return
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not self._rows.overlaps(stepped):
             return
         if is_new:
             self._reminder.say("combine", 4)
+            return
+        if self._is_in_shares:
+            self._reminder.say("shares", 4)
             return
         if is_first:
             self._outside.stepping(stepped, self._rows)
@@ -681,15 +700,20 @@ class GradientBuffer:
         if unreduced is not None:
             raise unreduced
 
-    def _tell_failure(self, failed: BaseException | None) -> None:
-        """Tell the other ranks, who are on their way to ``combine``, that this one's step is over; raises it."""
+    def _tell_failure(self, failed: BaseException | None, is_before_the_first: bool = False) -> None:
+        """Tell the other ranks, who are on their way to ``combine``, that this one's step is over; raises it.
+
+        Args:
+            failed: what has gone wrong.
+            is_before_the_first: whether the others are about to backpropagate a loss that this rank has not begun.
+        """
         if self._together is None or not isinstance(failed, Exception):
             return
         if is_told(failed):  # by another rank, as this one was about to exchange its gradient
             self.zero()
         elif self._shared is not None:
             try:
-                self._shared.fail(failed)
+                self._shared.fail(failed, is_before_the_first)
             finally:
                 self.zero()
         else:
@@ -752,7 +776,7 @@ class GradientBuffer:
         flags = iter(reached)
         for segment in self.segments:
             for parameter, start in zip(segment.parameters, segment.starts, strict=True):
-                if next(flags) and parameter.numel():
+                if next(flags) and columns_of(parameter):
                     segment.grad[start : start + 1] += bad.to(segment.device)
                     return
 

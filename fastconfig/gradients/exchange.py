@@ -19,7 +19,7 @@ from torch import Tensor
 from fastconfig.backends.rows import Rows
 from fastconfig.gradients import landing
 from fastconfig.gradients.across import Held, Tally, Together
-from fastconfig.gradients.layout import ALIGNED, Region
+from fastconfig.gradients.layout import Region, share_of
 from fastconfig.gradients.memory import aligned_rows, fresh
 from fastconfig.gradients.parameters import columns_of, shaped_like
 from fastconfig.gradients.ranks import Ranks
@@ -138,8 +138,7 @@ class SharedSegment(landing.Segment):
         for i, end in enumerate(ends):
             begin = self.starts[first]
             if (end - begin) * self.dtype.itemsize >= BUCKET_BYTES or i == len(ends) - 1:
-                each = -(-(end - begin) // ranks)
-                each += -each % ALIGNED
+                each = share_of(end - begin, ranks)
                 found.append(Bucket(first, i + 1, begin, end, each, at))
                 first, at = i + 1, at + each
         return found
@@ -160,8 +159,7 @@ class AveragedSegment(landing.Segment):
 
     def __init__(self, parameters: Sequence[Tensor], count: int, dtype: torch.dtype, ranks: Ranks) -> None:
         super().__init__(parameters, count, dtype)
-        each = -(-self.n // ranks.count)
-        each += -each % ALIGNED
+        each = share_of(self.n, ranks.count)
         self._ranks = ranks
         self._whole = aligned_rows(1, each * ranks.count, self.dtype, self.device)
         self._arriving = self._whole.new_empty(ranks.count if self.device.type == "cpu" else 1, each)
@@ -331,11 +329,18 @@ class SharedRows(landing.GradientRows[SharedSegment]):
         self.reached[:] = [flags if i == row else self._nothing for i in range(len(self.reached))]
         return sorted(set(tasks))
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception, is_before_the_first: bool = False) -> None:
         """Tell the other ranks what has gone wrong here, where they wait for it; it is raised on all.
 
         Inside a block they exchange what this rank has not sent yet.
+
+        Args:
+            error: what has gone wrong.
+            is_before_the_first: whether the others are about to enter a block that this rank does not.
         """
+        if is_before_the_first:
+            self.open(0, "", adds=False)
+            self.recording = None
         if self._is_open:
             self._is_open = self._streams = False
             self._landed = {}

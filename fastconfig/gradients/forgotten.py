@@ -11,7 +11,7 @@ import torch
 _MOST_FRAMES = 16
 """Between a GradScaler's step and what looks for it lie those of torch, of schedulers and of wrappers around both."""
 
-Kind = Literal["accumulate", "combine", "fresh rows", "scaler", "step"]
+Kind = Literal["accumulate", "combine", "fresh rows", "scaler", "shares", "step"]
 
 _WORDS: dict[Kind, str] = {
     "accumulate": (
@@ -31,6 +31,11 @@ _WORDS: dict[Kind, str] = {
         "scaler.step() takes a combination that was not told of the scaler: its norms are those of scaled gradients, "
         "no overflow is found that the method drops, and a method whose answer is not proportional to the gradients "
         "solves another problem; call buf.combine(..., scaler=scaler)"
+    ),
+    "shares": (
+        "optimizer.step() was called over the parameters of a GradientBuffer after combine(sharded=True), which leaves "
+        "the combined gradient in segments[i].share and every p.grad None, so nothing is trained; leave sharded out, "
+        "or step over shares of your own"
     ),
     "step": (
         "accumulate=True begins anew, as combine() came after the last micro-batch, and no optimizer has stepped "

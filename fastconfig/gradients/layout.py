@@ -23,6 +23,12 @@ ALIGNED = 64
 """Shares of a region begin at multiples of so many columns, where there are enough: 128 bytes of 16-bit elements."""
 
 
+def share_of(columns: int, ranks: int) -> int:
+    """How many columns make a rank's share of some: rounded up, so that every share begins at a multiple of ALIGNED."""
+    each = -(-columns // ranks)
+    return each + -each % ALIGNED
+
+
 class Holding(NamedTuple):
     """A part of a parameter that a rank holds, as it tells the others."""
 
@@ -149,6 +155,5 @@ class Region(NamedTuple):
     def share(self, rank: int) -> tuple[int, int]:
         """Those that a rank owns: from the first up to, not with, the last."""
         place, count, columns = self.holders.index(rank), len(self.holders), self.last - self.first
-        each = -(-columns // count)
-        each += -each % ALIGNED
+        each = share_of(columns, count)
         return self.first + min(place * each, columns), self.first + min((place + 1) * each, columns)
