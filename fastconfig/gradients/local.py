@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def like_parameter(local: Tensor, parameter: Tensor, leading: int = 0) -> Tensor
         parameter.device_mesh,
         [_shifted(placement, leading) for placement in parameter.placements],
         run_check=False,
-        shape=shape,  # type: ignore[arg-type]  # a tuple of int does as well
+        shape=torch.Size(shape),
         stride=tuple(math.prod(shape[d + 1 :]) for d in range(len(shape))),
     )
 

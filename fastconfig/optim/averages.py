@@ -15,7 +15,7 @@ from fastconfig.backends.moments import Moments, Piece, Recorded
 from fastconfig.backends.momentum import Segment, segment_on
 from fastconfig.backends.rows import Rows
 from fastconfig.gradients import landing, parameters
-from fastconfig.gradients.exchange import AveragedRows, AveragedSegment
+from fastconfig.gradients.averaged import AveragedRows, AveragedSegment
 from fastconfig.gradients.landing import GradientRows
 from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.local import like_parameter

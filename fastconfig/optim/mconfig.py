@@ -15,8 +15,9 @@ from torch.optim.optimizer import Optimizer
 from fastconfig.backends.moments import Group, Ledger, StepRule
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
+from fastconfig.gradients.averaged import AveragedRows
 from fastconfig.gradients.combination import Combination
-from fastconfig.gradients.exchange import AveragedRows, make_equal
+from fastconfig.gradients.exchange import make_equal
 from fastconfig.gradients.landing import Recording
 from fastconfig.gradients.layout import Layout
 from fastconfig.gradients.losses import Losses

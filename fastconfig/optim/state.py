@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ def in_group(shared: Mapping[str, Any], losses_per_step: int) -> dict[str, Any]:
         "round": torch.tensor(round_of, dtype=torch.int64),
         "drawn": torch.tensor(selection["drawn"], dtype=torch.int64),
         "generator": generator,
-        "method": pickle.dumps(shared["method"]),  # whatever it holds: a string of bytes is kept as it is
+        "method": _as_bytes(shared["method"]),  # of any size and kind: bytes are kept as they are
     }
 
 
@@ -106,8 +106,14 @@ def _shared_of(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
             "drawn": packed["drawn"].tolist(),
             "generator": packed["generator"],
         },
-        "method": pickle.loads(packed["method"]),
+        "method": torch.load(io.BytesIO(packed["method"]), weights_only=True),  # a checkpoint may be anybody's
     }
+
+
+def _as_bytes(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def _checked_shared(shared: Mapping[str, Any], num_losses: int) -> dict[str, Any]:
