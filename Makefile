@@ -5,7 +5,7 @@ PYTHON ?= python3
 # TORCH=installed: use the PyTorch that $(PYTHON) has instead of downloading one.
 TORCH ?=
 BIN := .venv/bin
-CPP := csrc/*.cpp csrc/*.hpp tests/ptx/machine/*.cpp tests/ptx/machine/*.hpp tests/ptx/*.c
+CPP := csrc/*.cpp csrc/*.hpp tests/core/*.cpp tests/core/*.hpp tests/ptx/machine/*.cpp tests/ptx/machine/*.hpp tests/ptx/*.c
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt .ci/set-up
 
 # What the demo needs; and what work on the library does, which holds all of that.
@@ -22,7 +22,7 @@ OF_KERNELS := tests/ptx tests/test_triton.py tests/test_two_float.py tests/test_
   tests/test_momentum_triton.py tests/test_graddrop.py
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto
 
-.PHONY: demo test bench gpu ptx kernels lint format clean
+.PHONY: demo test bench gpu ptx kernels matrix sanitize lint format clean
 
 demo: $(SHOWN)
 	$(BIN)/fastconfig demo burgers
@@ -48,6 +48,16 @@ kernels: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
 	PYTHONPATH=$(NEWEST_TRITON) $(BIN)/python bench/compile_kernels.py
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python bench/compile_kernels.py
 
+# The tests on the PyTorchs that pyproject.toml lists under [tool.tox], each with a Python of its own: some gigabytes a
+# PyTorch, ten minutes a row. ENV=torch24 takes one of them.
+matrix: $(DEVELOPED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[matrix]'
+	TOX_DISCOVER="$$(bash .ci/pythons | paste -sd:)" $(BIN)/tox run $(if $(ENV),-e $(ENV))
+
+# The compiled core under the compilers' sanitizers, without Python and beneath it. QUICK=1: a minute, what CI does.
+sanitize: $(DEVELOPED)
+	QUICK=$(QUICK) bash .ci/sanitize
+
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,7 +70,7 @@ format: $(DEVELOPED)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf .venv build *.egg-info fastconfig/_core*.so
+	rm -rf .venv .tox build *.egg-info fastconfig/_core*.so
 
 # Whatever changes in the sources, a Triton that is there is the one that is wanted.
 .venv/triton-%: | $(DEVELOPED)

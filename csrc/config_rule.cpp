@@ -152,12 +152,11 @@ int64_t ConfigRule::weights(const double* gramian, int64_t m, double*, double* w
         std::fill(weights, weights + m, std::numeric_limits<double>::quiet_NaN());
         return kFinite;
     }
-    std::fill(weights, weights + m, 0.0);
     const Active active = active_rows(gramian, m, direction);
     const int64_t k = active.size();
-    if (k == 0) return kFinite;
-    const std::vector<double> along = unit_direction(active, rtol);
-    const double length = length_of(*this, active, along);
+    const std::vector<double> along = k > 0 ? unit_direction(active, rtol) : std::vector<double>();
+    const double length = k > 0 ? length_of(*this, active, along) : 0.0;
+    std::fill(weights, weights + m, 0.0);
     for (int64_t i = 0; i < k; ++i)  // an opposed pair's zero stays zero whatever the length
         weights[active.index[i]] = along[i] == 0.0 ? 0.0 : along[i] / active.norm[i] * length;
     return kFinite;

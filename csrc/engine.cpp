@@ -25,7 +25,11 @@ struct Used {
     std::vector<const void*> row;
     std::vector<double> weight;
 
-    Used(const Rows& rows, const double* weights) {
+    explicit Used(int64_t m) {
+        row.reserve(m);
+        weight.reserve(m);
+    }
+    void choose(const Rows& rows, const double* weights) {
         for (int64_t i = 0; i < rows.m; ++i)
             if (weights[i] != 0.0) {
                 row.push_back(rows.row[i]);
@@ -40,6 +44,12 @@ bool is_streamed(const Rows& rows) { return rows.n * size_of(rows.dtype) >= kStr
 void combine_block(const Tier& tier, const Rows& rows, const Used& used, Columns columns, void* out) {
     tier.combine[static_cast<int>(rows.dtype)](used.row.data(), used.weight.data(), used.size(), columns, out,
                                                is_streamed(rows));
+}
+
+void apply_used(const Engine& engine, const Rows& rows, const Used& used, void* out) {
+    const Blocks blocks(rows.m, rows.n);
+    for_each_block(blocks.count(), threads_for(blocks, rows.m * rows.n, engine.threads), true,
+                   [&](int64_t block, int64_t) { combine_block(*engine.tier, rows, used, blocks[block], out); });
 }
 
 }  // namespace
@@ -59,10 +69,9 @@ void Engine::gramian(const Rows& rows, double* gramian) const {
 }
 
 void Engine::apply(const Rows& rows, const double* weights, void* out) const {
-    const Used used(rows, weights);
-    const Blocks blocks(rows.m, rows.n);
-    for_each_block(blocks.count(), threads_for(blocks, rows.m * rows.n, threads), true,
-                   [&](int64_t block, int64_t) { combine_block(*tier, rows, used, blocks[block], out); });
+    Used used(rows.m);
+    used.choose(rows, weights);
+    apply_used(*this, rows, used, out);
 }
 
 void Engine::graddrop(const Rows& rows, const double* leak, Draw draw, void* out) const {
@@ -75,9 +84,12 @@ void Engine::graddrop(const Rows& rows, const double* leak, Draw draw, void* out
 
 int64_t Engine::combine(const Rows& rows, const Rule& rule, double* operand, void* out, double* gramian,
                         double* weights) const {
+    Used used(rows.m);  // nothing may fail once the method has updated what it remembers
     this->gramian(rows, gramian);
     const int64_t bad = rule.weights(gramian, rows.m, operand, weights);
-    if (bad == Rule::kFinite) apply(rows, weights, out);
+    if (bad != Rule::kFinite) return bad;
+    used.choose(rows, weights);
+    apply_used(*this, rows, used, out);
     return bad;
 }
 

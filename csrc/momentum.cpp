@@ -89,58 +89,81 @@ void MomentumSegment::products(const Tier& tier, int threads, const Recorded& re
                 out[s * rows.m + arranged.order[j]] += partials[block * size + s * rows.m + j];
 }
 
+// All the memory of a pass that writes, taken before a step decides anything: once it writes, nothing may fail.
+struct MomentumSegment::Pass {
+    const Arranged arranged;
+    const Blocks blocks;
+    std::vector<double> new_forward, new_backward, old_forward, old_mixed, squares;
+    std::vector<void*> old;
+
+    Pass(const MomentumSegment& segment, const Recorded& recorded, const double* scales, double beta1)
+        : arranged(segment.average_, recorded, scales, beta1),
+          blocks(arranged.rows.m + arranged.rows.k, segment.n_),
+          squares(blocks.count()) {
+        for (std::vector<double>* numbers : {&new_forward, &new_backward}) numbers->reserve(arranged.rows.k);
+        for (std::vector<double>* numbers : {&old_forward, &old_mixed}) numbers->reserve(arranged.rows.m);
+        old.reserve(arranged.rows.m);
+    }
+
+    MomentumUpdate update(const MomentumSegment& segment, const StepRule& rule, const double* decision, bool measure) {
+        const MomentumRows& rows = arranged.rows;
+        const double *forward = decision + kHead, *backward = forward + rows.m;
+        for (int64_t i = 0; i < rows.m; ++i) {
+            const int64_t loss = arranged.order[i];
+            if (i < rows.k) {
+                new_forward.push_back(forward[loss]);
+                new_backward.push_back(backward[loss]);
+            } else if (forward[loss] != 0.0 || backward[loss] != 0.0) {
+                old.push_back(arranged.average[i]);
+                old_forward.push_back(forward[loss]);
+                old_mixed.push_back(forward[loss] - backward[loss]);
+            }
+        }
+        const double pseudo = 1.0 / (1.0 - rule.beta1);
+        return {segment.second_,
+                new_forward.data(),
+                new_backward.data(),
+                old.data(),
+                old_forward.data(),
+                old_mixed.data(),
+                static_cast<int64_t>(old.size()),
+                decision[kGradient],
+                decision[kSecond],
+                decision[kClip],
+                rule.beta2,
+                (1.0 - rule.beta2) * pseudo * pseudo,
+                measure};
+    }
+};
+
 void MomentumSegment::update(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule,
                              const double* decision) const {
-    if (decision[kTake] == 0.0) return fill_assigned(rule, recorded.dtype, true);
-    if (decision[kUpdate] == 0.0) fill_assigned(rule, recorded.dtype, false);
-    write(tier, threads, recorded, rule, decision, false);
+    Pass pass(*this, recorded, decision + kHead + 2 * m(), rule.beta1);
+    write(tier, threads, recorded.dtype, rule, decision, pass);
 }
 
 double MomentumSegment::update_square(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule,
                                       const double* decision) const {
-    return write(tier, threads, recorded, rule, decision, true);
+    Pass pass(*this, recorded, decision + kHead + 2 * m(), rule.beta1);
+    return run(tier, threads, recorded.dtype, rule, decision, pass, true);
 }
 
-double MomentumSegment::write(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule,
-                              const double* decision, bool measure) const {
-    const int64_t m = this->m();
-    const double *forward = decision + kHead, *backward = forward + m, *scales = backward + m;
-    const Arranged arranged(average_, recorded, scales, rule.beta1);
-    const MomentumRows& rows = arranged.rows;
-    std::vector<double> new_forward, new_backward, old_forward, old_mixed;
-    std::vector<void*> old;
-    for (int64_t i = 0; i < m; ++i) {
-        const int64_t loss = arranged.order[i];
-        if (i < rows.k) {
-            new_forward.push_back(forward[loss]);
-            new_backward.push_back(backward[loss]);
-        } else if (forward[loss] != 0.0 || backward[loss] != 0.0) {
-            old.push_back(arranged.average[i]);
-            old_forward.push_back(forward[loss]);
-            old_mixed.push_back(forward[loss] - backward[loss]);
-        }
-    }
-    const double pseudo = 1.0 / (1.0 - rule.beta1);
-    const MomentumUpdate update = {second_,
-                                   new_forward.data(),
-                                   new_backward.data(),
-                                   old.data(),
-                                   old_forward.data(),
-                                   old_mixed.data(),
-                                   static_cast<int64_t>(old.size()),
-                                   decision[kGradient],
-                                   decision[kSecond],
-                                   decision[kClip],
-                                   rule.beta2,
-                                   (1.0 - rule.beta2) * pseudo * pseudo,
-                                   measure};
+void MomentumSegment::write(const Tier& tier, int threads, DType dtype, const StepRule& rule, const double* decision,
+                            Pass& pass) const {
+    if (decision[kTake] == 0.0) return fill_assigned(rule, dtype, true);
+    if (decision[kUpdate] == 0.0) fill_assigned(rule, dtype, false);
+    run(tier, threads, dtype, rule, decision, pass, false);
+}
+
+double MomentumSegment::run(const Tier& tier, int threads, DType dtype, const StepRule& rule, const double* decision,
+                            Pass& pass, bool measure) const {
+    const MomentumRows& rows = pass.arranged.rows;
+    const MomentumUpdate update = pass.update(*this, rule, decision, measure);
     const bool steps = measure || decision[kUpdate] != 0.0;
-    const Blocks blocks(rows.m + rows.k, n_);
-    const int team = threads_for(blocks, (rows.m + rows.k) * n_, threads);
-    std::vector<double> squares(blocks.count());
-    const auto kernel = tier.momentum_update[static_cast<int>(state_)][static_cast<int>(recorded.dtype)];
-    for_each_block(blocks.count(), team, true, [&](int64_t block, int64_t) {
-        const Columns columns = blocks[block];
+    const int team = threads_for(pass.blocks, (rows.m + rows.k) * n_, threads);
+    const auto kernel = tier.momentum_update[static_cast<int>(state_)][static_cast<int>(dtype)];
+    for_each_block(pass.blocks.count(), team, true, [&](int64_t block, int64_t) {
+        const Columns columns = pass.blocks[block];
         const int64_t last = columns.first + columns.count;
         const auto after = [](int64_t column, const auto& held) { return column < held.first; };
         auto run = std::upper_bound(runs_.begin(), runs_.end(), columns.first, after) - 1;
@@ -151,11 +174,12 @@ double MomentumSegment::write(const Tier& tier, int threads, const Recorded& rec
             if (measure && !grouped) continue;
             const MomentumPiece* piece = nullptr;
             if (grouped) piece = &*(std::upper_bound(pieces_.begin(), pieces_.end(), first, after) - 1);
-            squares[block] += kernel(rows, update, steps && grouped ? &rule.group[run->group] : nullptr, piece, here);
+            pass.squares[block] +=
+                kernel(rows, update, steps && grouped ? &rule.group[run->group] : nullptr, piece, here);
         }
     });
     double total = 0.0;
-    for (const double square : squares) total += square;
+    for (const double square : pass.squares) total += square;
     return total;
 }
 
@@ -177,7 +201,9 @@ int64_t MomentumSegment::step(const Tier& tier, int threads, const Recorded& rec
                               const Rule& method, double* operand, const double* scales, bool found_inf,
                               const Ledger& ledger) const {
     const int64_t m = this->m(), k = static_cast<int64_t>(recorded.loss.size());
-    std::vector<double> products(k * m), decision(kHead + 2 * m + k);
+    std::vector<double> products(k * m), decision(kHead + 2 * m + k), unbiased_gramian(m * m), bias(m);
+    std::vector<double> gramian(ledger.gramian, ledger.gramian + m * m), counts(ledger.counts, ledger.counts + m);
+    Pass pass(*this, recorded, scales, rule.beta1);
     this->products(tier, threads, recorded, scales, rule.beta1, products.data());
     const int64_t bad = first_nonfinite_of(recorded, m, products.data());
     if (bad != Rule::kFinite && method.nonfinite == NonFinite::raise) return bad;
@@ -188,19 +214,19 @@ int64_t MomentumSegment::step(const Tier& tier, int threads, const Recorded& rec
     }
     for (int64_t s = 0; s < k; ++s) {
         const int64_t i = recorded.loss[s];
-        ledger.counts[i] += 1.0;
-        for (int64_t j = 0; j < m; ++j) ledger.gramian[i * m + j] = ledger.gramian[j * m + i] = products[s * m + j];
+        counts[i] += 1.0;
+        for (int64_t j = 0; j < m; ++j) gramian[i * m + j] = gramian[j * m + i] = products[s * m + j];
     }
     decision[kTake] = 1.0;
     double *forward = &decision[kHead], *backward = forward + m;
     std::copy(scales, scales + k, backward + m);
-    if (std::all_of(ledger.counts, ledger.counts + m, [](double count) { return count > 0.0; })) {
-        const double t = ledger.totals[0] += 1.0, unbiased = 1.0 - std::pow(rule.beta1, t);
-        std::vector<double> gramian(m * m), bias(m);
-        for (int64_t i = 0; i < m; ++i) bias[i] = 1.0 - std::pow(rule.beta1, ledger.counts[i]);
+    if (std::all_of(counts.begin(), counts.end(), [](double count) { return count > 0.0; })) {
+        const double t = ledger.totals[0] + 1.0, unbiased = 1.0 - std::pow(rule.beta1, t);
+        for (int64_t i = 0; i < m; ++i) bias[i] = 1.0 - std::pow(rule.beta1, counts[i]);
         for (int64_t i = 0; i < m; ++i)
-            for (int64_t j = 0; j < m; ++j) gramian[i * m + j] = ledger.gramian[i * m + j] / bias[j] / bias[i];
-        method.weights(gramian.data(), m, operand, forward);
+            for (int64_t j = 0; j < m; ++j) unbiased_gramian[i * m + j] = gramian[i * m + j] / bias[j] / bias[i];
+        method.weights(unbiased_gramian.data(), m, operand, forward);  // the last that may fail
+        ledger.totals[0] = t;
         decision[kUpdate] = 1.0;
         decision[kGradient] = 1.0 / unbiased;
         decision[kSecond] = 1.0 / (1.0 - std::pow(rule.beta2, t));
@@ -211,7 +237,9 @@ int64_t MomentumSegment::step(const Tier& tier, int threads, const Recorded& rec
             ledger.weights[i] = forward[i];
         }
     }
-    update(tier, threads, recorded, rule, decision.data());
+    std::copy(gramian.begin(), gramian.end(), ledger.gramian);
+    std::copy(counts.begin(), counts.end(), ledger.counts);
+    write(tier, threads, recorded.dtype, rule, decision.data(), pass);
     return Rule::kFinite;
 }
 

@@ -45,7 +45,7 @@ class MomentumSegment {
                          const double* decision) const;
 
     // operand is the method's. Returns Rule::kFinite, or under NonFinite::raise the first loss whose gradient is not
-    // finite; then nothing has been written.
+    // finite; then nothing has been written, nor has it where an allocation fails.
     int64_t step(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule, const Rule& method,
                  double* operand, const double* scales, bool found_inf, const Ledger& ledger) const;
 
@@ -56,8 +56,12 @@ class MomentumSegment {
         int group;
     };
 
-    double write(const Tier& tier, int threads, const Recorded& recorded, const StepRule& rule, const double* decision,
-                 bool measure) const;
+    struct Pass;
+
+    void write(const Tier& tier, int threads, DType dtype, const StepRule& rule, const double* decision,
+               Pass& pass) const;
+    double run(const Tier& tier, int threads, DType dtype, const StepRule& rule, const double* decision, Pass& pass,
+               bool measure) const;
     void fill_assigned(const StepRule& rule, DType dtype, bool with_nan) const;
     int64_t m() const { return static_cast<int64_t>(average_.size()); }
 

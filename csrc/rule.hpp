@@ -17,7 +17,7 @@ class Rule {
 
     // gramian: (m, m) row-major. operand: what the rule takes besides, of this call alone, and may update; null where
     // it takes nothing. weights: (m,) receives c. Returns kFinite, or the first non-finite row under NonFinite::raise,
-    // when nothing has been written.
+    // when nothing has been written; nor has it where an allocation fails.
     virtual int64_t weights(const double* gramian, int64_t m, double* operand, double* weights) const = 0;
 
     const NonFinite nonfinite;

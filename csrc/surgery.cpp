@@ -116,13 +116,15 @@ void priority(const Problem& problem, const std::vector<double>& parameters, dou
 void gradvac(const Problem& problem, const std::vector<double>& parameters, double* operand, double* c) {
     const double beta = parameters[0];
     const std::vector<double> preferences = problem.preferences();
-    Orders orders(problem, operand + problem.m * problem.m);
+    const int64_t size = problem.m * problem.m;
+    std::vector<double> targets(operand, operand + size);  // given back at the end, when nothing can fail any more
+    Orders orders(problem, operand + size);
     for (int64_t i = 0; i < problem.k; ++i) {
         Patient patient(problem, i);
         double square = patient.products[i], terms = problem.norm[i];  // |g_i'|², and the lengths that it is made of
         for (const int64_t j : orders.of(i)) {
             if (j == i) continue;
-            double& target = operand[problem.index[i] * problem.m + problem.index[j]];
+            double& target = targets[problem.index[i] * problem.m + problem.index[j]];
             const double along = patient.products[j];
             const double length = square > kNothing * terms * terms ? std::sqrt(square) : 0.0;
             const double cosine =
@@ -139,6 +141,7 @@ void gradvac(const Problem& problem, const std::vector<double>& parameters, doub
         }
         patient.sum_into(c, preferences[i]);
     }
+    std::copy(targets.begin(), targets.end(), operand);
 }
 
 }  // namespace fastconfig

@@ -150,6 +150,7 @@ class Copies {
                 continue;
             }
             // Whoever assigned a gradient may have made it of the row's own memory.
+            if (copy.bytes == 0) continue;  // an empty gradient may have no address at all
             std::memmove(reinterpret_cast<void*>(copy.to), reinterpret_cast<const void*>(address_of(grad)), copy.bytes);
         }
         return left;
