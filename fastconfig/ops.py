@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastconfig import backends
@@ -22,7 +23,7 @@ from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import ConFIGRule, GramianRule
 from fastconfig.validation import check_out, check_rows
 
-__all__ = ["Operators", "backend_for", "is_traced"]
+__all__ = ["Operators", "backend_for", "is_recorded", "is_traced"]
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Tensor | None])
 
@@ -40,11 +41,26 @@ def is_traced(tensor: Tensor | None, vectors: Sequence[Tensor] = (), out: Tensor
     """
     # This runs in front of calls of microseconds, so the questions are those that are answered quickest. Any other
     # tracer than dynamo is a dispatch mode.
-    if is_dynamo_compiling() or is_in_torch_dispatch_mode():
+    if is_dynamo_compiling() or (is_in_torch_dispatch_mode() and _is_in_a_mode()):
         return True
     if type(tensor) not in _PLAIN or type(out) not in _PLAIN:
         return True
     return bool(vectors) and not _PLAIN.issuperset(map(type, vectors))
+
+
+def _is_in_a_mode() -> bool:
+    """Whether there is a dispatch mode at this moment. What is quicker to ask says so for ever in PyTorch 2.4.
+
+    There a mode that is entered within itself, as torch.compile does, leaves the answer behind.
+    """
+    return bool(torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch())
+
+
+def is_recorded() -> bool:
+    """Whether make_fx, or a torch.export that is not strict, records what runs."""
+    # The newer get_proxy_mode looks into both places, this one in PyTorch 2.4 only into the first.
+    before_dispatch = torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY)
+    return get_innermost_proxy_mode() is not None or before_dispatch is not None
 
 
 def backend_for(device: torch.device, name: str | None, traced: bool) -> Backend:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from versions import TORCH
 
 import fastconfig as fc
 
@@ -63,29 +66,28 @@ def alone(name: str, hidden: int) -> dict:
 
 def gradient(model: nn.Module) -> Tensor:
     """All of ``p.grad``, put together from the ranks."""
-    from torch.distributed.tensor import DTensor
-
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
+    return whole(p.grad for p in model.parameters() if p.requires_grad)
 
 
 def values(model: nn.Module) -> Tensor:
     """All trained parameters, put together from the ranks."""
-    return torch.cat(
-        [
-            (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten()
-            for p in model.parameters()
-            if p.requires_grad
-        ]
-    )
+    return whole(p.detach() for p in model.parameters() if p.requires_grad)
+
+
+def whole(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([(t.full_tensor() if hasattr(t, "full_tensor") else t).flatten() for t in tensors])
 
 
 def laid_out(layout: str, rank: int, count: int) -> tuple[nn.Module, int, int, int]:
     """The model on the ranks; which part of the batch is this rank's, of how many; hidden units."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    if TORCH < (2, 6):  # DTensors and FSDP2 have private names there
+        from torch.distributed._tensor import Shard
+    else:
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
 
     hidden = 8 if "tensor" in layout or layout == "sequence" else 7
     model = network(hidden)

@@ -150,6 +150,17 @@ SCHEDULERS = {
 }
 
 
+def keeps_a_tensor(name):
+    """Whether the scheduler by itself writes into a rate that is a tensor; some of PyTorch 2.4 put another there."""
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    _, optimizer = descent(lr)
+    scheduler = SCHEDULERS[name](optimizer)
+    optimizer.step()
+    scheduler.step()
+    return optimizer.param_groups[0]["lr"] is lr
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # which PyTorch's SequentialLR once passed
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["", "lr a tensor"])
 @pytest.mark.parametrize("stepped_first", [False, True], ids=["ours last", "ours first"])
 @pytest.mark.parametrize("made_first", [False, True], ids=["made last", "made first"])
@@ -174,7 +185,7 @@ def test_it_multiplies_what_any_scheduler_sets(name, made_first, stepped_first, 
             scheduler.step()
         alone.step()
         assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(plain.param_groups[0]["lr"])
-    if tensor_lr:
+    if tensor_lr and keeps_a_tensor(name):
         assert optimizer.param_groups[0]["lr"] is lr  # a captured step reads it
 
 

@@ -52,6 +52,7 @@ def test_a_missing_core_is_named_with_its_reason(monkeypatch):
 
 def test_the_state_of_the_kernels_is_shown_device_by_device(monkeypatch):
     names = {0: "New GPU", 1: "Old GPU"}
+    monkeypatch.setattr(triton, "OLDEST", (0, 0))  # beside an old PyTorch Triton may be too old
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -61,7 +62,7 @@ def test_the_state_of_the_kernels_is_shown_device_by_device(monkeypatch):
     assert shown_state == "ready, drives cuda:0 New GPU, cuda:1 Old GPU not: it is too old"
     monkeypatch.setattr(triton, "IMPORT_ERROR", "No module named 'triton'")
     assert "missing: Triton could not be imported" in diagnostics.collect_config()["backend triton"]
-    assert "pip install 'triton>=3.6'" in diagnostics.collect_config()["backend triton"]
+    assert "pip install 'triton>=" in diagnostics.collect_config()["backend triton"]
 
 
 def test_without_a_device_the_kernels_are_missing():
@@ -69,7 +70,8 @@ def test_without_a_device_the_kernels_are_missing():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "missing: PyTorch sees no CUDA or ROCm device" in done.stdout
+    reason = triton.available() if triton._version() < triton.OLDEST else "PyTorch sees no CUDA or ROCm device"
+    assert f"missing: {reason}" in done.stdout
 
 
 def test_it_prints_to_standard_output(capsys):
@@ -105,7 +107,7 @@ def test_without_triton_everything_else_works():
     assert "missing: Triton could not be imported" in done.stdout
     assert "0.1588" in done.stdout
     assert "slow reference on cuda:0: Triton could not be imported" in done.stderr
-    assert "pip install 'triton>=3.6'" in done.stderr
+    assert "pip install 'triton>=" in done.stderr
 
 
 def test_the_environment_is_shown():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from versions import FSDP2
 from worlds import World, world_of
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,9 @@ def run(rank: int, block: str) -> tuple[Tensor, list[float], list[float]]:
     return torch.cat([p.detach().flatten() for p in parameters]), before, losses()
 
 
-@pytest.mark.parametrize("title", BLOCKS)
+@pytest.mark.parametrize(
+    "title", [pytest.param(title, marks=FSDP2 if "fully_shard" in block else ()) for title, block in BLOCKS.items()]
+)
 def test_a_block_runs_and_trains_equally(two: World, title: str) -> None:
     (theta, before, after), (other, _, _) = two.run(run, BLOCKS[title])
     assert torch.equal(theta, other)
@@ -66,6 +69,7 @@ def example(rank: int, layout: str) -> list[float]:
     return module.train(layout, steps=12)
 
 
+@FSDP2  # which the example imports
 @pytest.mark.parametrize("layout", ["sync", "ddp", "fsdp", "tensor", "mconfig"])
 def test_the_example_trains_in_every_layout(two: World, layout: str) -> None:
     """As one process does, which the example is without torchrun."""
@@ -74,6 +78,7 @@ def test_the_example_trains_in_every_layout(two: World, layout: str) -> None:
     assert first == pytest.approx(example(0, layout), rel=1e-9)
 
 
+@FSDP2
 @pytest.mark.slow
 def test_torchrun_runs_the_example() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

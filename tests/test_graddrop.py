@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(params=["reference", *TIERS, *KERNELS])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation here: the reference, the CPU's on each tier, the GPU's or its interpreter."""
+    if request.param in KERNELS:
+        request.getfixturevalue("interpreter")
     if request.param not in TIERS:
         yield request.param
         return
@@ -387,8 +389,11 @@ def test_a_compiled_call_draws_what_an_eager_one_does(tracer, leak):
 
 
 def test_a_tracer_that_would_freeze_the_seed_is_refused():
+    method = seeded()
     with pytest.raises(RuntimeError, match="seed would be a constant"):
-        make_fx(lambda grads: fc.combine(grads, seeded()))(torch.randn(2, 10))
+        make_fx(lambda grads: fc.combine(grads, method))(torch.randn(2, 10))
+    with pytest.raises(RuntimeError, match="seed would be a constant"):
+        make_fx(lambda grads: fc.combine(grads, method), pre_dispatch=True)(torch.randn(2, 10))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from versions import FSDP2
 
 import fastconfig as fc
 from fastconfig.gradients.layout import ALIGNED, Region
@@ -103,6 +104,7 @@ def test_what_a_rank_of_a_thousand_holds_and_calls(fake_world: list[tuple[str, i
     ]
 
 
+@FSDP2
 def test_a_sharded_model_on_a_thousand_ranks_holds_a_thousandth(fake_world: list[tuple[str, int]]) -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -12,6 +12,7 @@ from rank_problems import (
     averaged,
     batch,
     error_of,
+    gradient,
     laid_out,
     losses_of,
     network,
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from versions import FSDP2, HSDP, layouts
 from worlds import World, world_of
 
 import fastconfig as fc
@@ -77,19 +79,19 @@ def assert_as_alone(answers: list, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", OPTIONS)
-@pytest.mark.parametrize("layout", ["sharded", "tensor", "sequence", "replicate", "ddp", "sync"])
+@pytest.mark.parametrize("layout", layouts("sharded", "tensor", "sequence", "replicate", "ddp", "sync"))
 def test_two_ranks_train_as_one_process(two: World, layout: str, how: str) -> None:
     assert_as_alone(two.run(on_a_rank, 2, layout, "config", how), "config", how)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", ["sharded", "ddp"])
+@pytest.mark.parametrize("layout", layouts("sharded", "ddp"))
 def test_methods_that_draw_or_remember(two: World, layout: str, name: str) -> None:
     assert_as_alone(two.run(on_a_rank, 2, layout, name, "plain"), name, "plain")
 
 
 @pytest.mark.parametrize("how", ["plain", "clipped"])
-@pytest.mark.parametrize("layout", ["sharded", "hybrid", "tensor and sharded", "sync"])
+@pytest.mark.parametrize("layout", layouts("sharded", "hybrid", "tensor and sharded", "sync"))
 def test_four_ranks_train_as_one_process(four: World, layout: str, how: str) -> None:
     assert_as_alone(four.run(on_a_rank, 4, layout, "config", how), "config", how)
 
@@ -196,6 +198,7 @@ def with_a_scaler(rank: int) -> tuple[Tensor, int]:
     return values(model), optimizer.steps_left_out
 
 
+@FSDP2
 def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(two: World) -> None:
     (theta, left_out), other = two.run(with_a_scaler)
     assert left_out == other[1] == 1
@@ -247,6 +250,7 @@ def steps(optimizer: fc.optim.MConFIG, model: nn.Module, x: Tensor, count: int) 
         optimizer.step()
 
 
+@FSDP2
 @pytest.mark.parametrize("name", ["config", "nashmtl", "pcgrad"])
 def test_a_checkpoint_of_two_ranks_goes_on_on_four(two: World, four: World, name: str, tmp_path) -> None:
     wanted = two.run(saved, 2, "sharded", str(tmp_path), name)[0]
@@ -257,6 +261,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_four(two: World, four: World, name
         torch.testing.assert_close(theta, wanted, rtol=1e-9, atol=1e-9)
 
 
+@HSDP
 def test_a_checkpoint_between_layouts(two: World, four: World, tmp_path) -> None:
     wanted = four.run(saved, 4, "hybrid", str(tmp_path), "config")[0]
     for theta, _ in two.run(resumed, 2, "sharded", str(tmp_path), "config"):
@@ -307,3 +312,34 @@ def test_replicas_are_averaged_without_a_wrapper(two: World, where: str) -> None
         assert first[2].startswith("RuntimeError: rank 1 raised ToldError")
     else:
         assert first[2] == second[2] == ""
+
+
+def moved_shards(rank: int, moves: bool) -> tuple[Tensor, Tensor]:
+    """What M-ConFIG and the buffer make of a model whose shards come to lie elsewhere."""
+
+    def move() -> None:
+        for p in model.parameters():
+            if hasattr(p, "_local_tensor"):
+                p._local_tensor = p._local_tensor.clone()
+
+    model, x = laid_out("tensor", rank, 2)[0], batch()
+    optimizer, buf = fc.optim.MConFIG(model, lr=0.05, num_losses=LOSSES), fc.GradientBuffer(model, LOSSES)
+    for step in range(4):
+        if moves and step in (0, 2):  # before the first step, and after one
+            move()
+        with optimizer.record(step % LOSSES):
+            losses_of(model(x))[step % LOSSES].backward()
+        if moves and step == 3:  # and between a gradient and its step
+            move()
+        optimizer.step()
+    if not moves:
+        buf = fc.GradientBuffer(model, LOSSES)
+    buf.backward(losses_of(model(x)))
+    buf.combine()
+    return values(model), gradient(model)
+
+
+def test_shards_may_come_to_lie_elsewhere(two: World) -> None:
+    """As FSDP2 pads uneven ones in the first forward pass, or pins them; nobody may write where they lay before."""
+    for moved, still in zip(two.run(moved_shards, True), two.run(moved_shards, False), strict=True):
+        assert all(map(torch.equal, moved, still))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mconfig_oracle import parameters_of, push
 from torch import nn
+from versions import since
 
 import fastconfig as fc
 
@@ -270,6 +271,7 @@ def test_the_default_device_is_nobodys_concern(backend, options):
     assert not torch.equal(parameters[0], before)
 
 
+@since(2, 6, "an optimizer takes no named parameters")
 def test_named_parameters_and_parameters_given_twice():
     model = nn.Linear(3, 2)
     optimizer = fc.optim.MConFIG(model.named_parameters(), num_losses=1)

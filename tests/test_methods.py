@@ -682,7 +682,7 @@ def test_seeded_runs_repeat_and_state_survives_a_checkpoint(name):
     again = make()
     half = run(again, steps[:4])
     resumed = make()
-    resumed.load_state_dict(torch.load(_saved(again.state_dict())))
+    resumed.load_state_dict(torch.load(_saved(again.state_dict()), weights_only=True))
     for ours, wanted in zip([*half, *run(resumed, steps[4:])], whole, strict=True):
         assert torch.equal(ours, wanted)
     if name in ("random weights", "pcgrad", "gradvac"):

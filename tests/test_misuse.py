@@ -144,6 +144,7 @@ def test_a_closure_that_raises_leaves_the_next_step_free(backend):
     assert optimizer.combination.norms.all()
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events at the end of each cycle:UserWarning")
 def test_hooks_and_profiler_see_an_optimizers_step(backend):
     model, losses_of = problem()
     optimizer = fc.optim.MConFIG(model, lr=0.1, num_losses=2, backend=backend)

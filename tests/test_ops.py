@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from versions import since
 
 import fastconfig as fc
 from fastconfig import backends, ops
@@ -29,6 +30,8 @@ TRACERS = ("eager", "aot_eager")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning"),
+    pytest.mark.filterwarnings("ignore:At pre-dispatch tracing, we will assume that any custom op:UserWarning"),
 ]
 
 
@@ -353,6 +356,7 @@ def test_methods_may_be_made_inside_the_graph():
     assert torch.equal(whole(step)(grads), step(grads))
 
 
+@since(2, 6, "torch.compile cannot form a Jacobian in a graph that writes")
 def test_gradients_made_inside_the_graph():
     def losses(theta):
         return torch.stack((theta.square().sum(), theta.cos().sum(), (theta - 1.0).pow(4).mean()))
@@ -443,7 +447,10 @@ def test_out_is_written_and_autograd_sees_it(tracer):
 
 
 @pytest.mark.parametrize("method", [None, SumOfAll()], ids=["ConFIG", "sum"])
-@pytest.mark.parametrize("tracer", [*TRACERS, "inductor"])
+@pytest.mark.parametrize(
+    "tracer",
+    [*TRACERS, pytest.param("inductor", marks=since(2, 7, "inductor fails on complex memory that an operator writes"))],
+)
 def test_out_of_complex_gradients_and_of_other_methods(tracer, method):
     # Inside a larger block: functionalisation of torch 2.13 loses the place of a real view of complex memory.
     grads, out = complex_normal(3, 20), torch.zeros(30, dtype=torch.complex64)
@@ -466,16 +473,17 @@ def test_out_that_overlaps_raises_when_the_graph_runs(method):
 
 @pytest.mark.parametrize("tracer", ["aot_eager", "inductor"])
 def test_out_that_overlaps_never_gives_a_wrong_answer(tracer):
-    # Functionalisation may give the operator memory of its own: then there is nothing to raise for.
+    # Functionalisation may give the operator memory of its own, and inductor save that copy, or not.
     grads = normal(3, 20)
     kept, wanted = grads.clone(), fc.combine(grads)
     compiled = whole(lambda grads, out: fc.combine(grads, out=out), tracer)
-    if tracer == "inductor":  # it saves the copy
-        with pytest.raises(ValueError, match="out overlaps grads in memory"):
-            compiled(grads, grads[1])
+    try:
+        answer = compiled(grads, grads[1])
+    except ValueError as error:
+        assert "out overlaps grads in memory" in str(error)  # noqa: PT017
         assert torch.equal(grads, kept)
     else:
-        assert torch.equal(compiled(grads, grads[1]), wanted)
+        assert torch.equal(answer, wanted)
         assert torch.equal(grads, torch.stack((kept[0], wanted, kept[2])))
 
 
@@ -552,7 +560,14 @@ def test_export_with_any_number_of_parameters(strict):
         assert torch.equal(ours, wanted)
 
 
-@pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "graddrop"])  # which refuses to be recorded
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=since(2, 6, "torch.export freezes what it remembers") if name == "sdmgrad" else ())
+        for name in CATALOGUE
+        if name != "graddrop"  # which refuses to be recorded
+    ],
+)
 def test_no_tracer_leaves_its_tensors_in_a_method(name):
     """A fake state would stay in the method, and hold no memory at the next combination."""
 
@@ -683,6 +698,7 @@ def test_buffer_compiles_once_for_the_same_parameters_reached():
     assert model.weight.grad is not None
 
 
+@since(2, 7, "torch.compile does not pass on what an error says")
 def test_buffer_inside_a_graph_refuses_what_it_refuses_outside():
     model = torch.nn.Linear(3, 2)
     buf = fc.GradientBuffer(model.parameters(), num_losses=2)

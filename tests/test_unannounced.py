@@ -207,7 +207,7 @@ def train_on_a_rank(rank: int, folder: str, hooked_bytes: int) -> None:
 def test_ranks_that_use_other_heads_stay_equal(tmp_path):
     """DistributedDataParallel brings the gradient of a head that only the other rank used, without a hook."""
     torch.multiprocessing.spawn(train_on_a_rank, (str(tmp_path), landing.HOOKED_BYTES), nprocs=2)
-    trained = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    trained = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.manual_seed(0)
     model, x = Heads(), torch.randn(2, 5, 3)
     buf, optimizer = fc.GradientBuffer(model, 2), torch.optim.SGD(model.parameters(), lr=0.5)

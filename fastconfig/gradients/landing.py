@@ -239,6 +239,7 @@ class GradientRows(Generic[Place]):
         parameters: of all segments, in column order.
         reached: for each row, a flag a parameter: whether its gradient has a part in the row.
         recording: the call of the user's that records a row now, if any.
+        relocations: how often parameters were found to lie elsewhere than before.
     """
 
     def __init__(self, segments: Sequence[Place], count: int, owner: str, vectors: int, hooks: bool = True) -> None:
@@ -248,6 +249,7 @@ class GradientRows(Generic[Place]):
         self._nothing = (False,) * len(self.parameters)
         self.reached: list[tuple[bool, ...]] = [self._nothing] * count
         self.recording: str | None = None
+        self.relocations = 0
         self._owner = owner
         self._vectors = vectors
         self._sweep = sweep_over(self.parameters)
@@ -391,18 +393,27 @@ class GradientRows(Generic[Place]):
             )
 
     def check_parameters(self) -> None:
-        """Raise RuntimeError where a parameter is no longer the one the rows were made for."""
+        """Raise RuntimeError where a parameter is no longer the one the rows were made for.
+
+        A DTensor's own part may lie elsewhere now: FSDP2 moves it in the first forward pass, to pad it or to pin it.
+        """
         compiling = is_dynamo_compiling()  # then no address can be read; what filled the rows did read them
         if not compiling and self._sweep.is_unchanged():
             return
+        found = []
         for i, (parameter, made_for) in enumerate(zip(self.parameters, self._made_for, strict=True)):
             now = Made.of(parameter, made_for.address if compiling else address_of(parameter))
-            if now != made_for:
+            found.append(now)
+            if now != made_for and not (is_sharded(parameter) and now[1:] == made_for[1:]):
                 raise RuntimeError(
                     f"parameter {i} of the {self._owner}, shape {tuple(made_for.shape)}, had its storage replaced "
                     f"after that was made ({made_for.changes(now)}), as .to(), .half() or an assignment to .data do; "
                     f"make a new {self._owner} after such a change"
                 )
+        if not compiling:
+            self._sweep = sweep_over(self.parameters)
+            self._made_for = tuple(found)
+            self.relocations += 1
 
     def lie_where_they_did(self) -> bool:
         """Whether every parameter's memory is where it was: the quick question."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,13 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
+_TENSOR = "torch.distributed.tensor" if find_spec("torch.distributed.tensor._api") else "torch.distributed._tensor"
+"""Where DTensors are defined; PyTorch 2.4 has them in a private module."""
+
+
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
     """Whether it is a DTensor, as FSDP2's and tensor parallel parameters are."""
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
+    module = sys.modules.get(_TENSOR)  # not imported: then there is none
     return module is not None and isinstance(tensor, module.DTensor)
 
 
@@ -50,10 +56,8 @@ def like_parameter(local: Tensor, parameter: Tensor, leading: int = 0) -> Tensor
     """
     if not is_sharded(parameter):
         return local
-    from torch.distributed.tensor import DTensor
-
     shape = (*local.shape[:leading], *parameter.shape)
-    return DTensor.from_local(
+    sharded: Tensor = import_module(_TENSOR).DTensor.from_local(
         local,
         parameter.device_mesh,
         [_shifted(placement, leading) for placement in parameter.placements],
@@ -61,6 +65,7 @@ def like_parameter(local: Tensor, parameter: Tensor, leading: int = 0) -> Tensor
         shape=torch.Size(shape),
         stride=tuple(math.prod(shape[d + 1 :]) for d in range(len(shape))),
     )
+    return sharded
 
 
 def _shifted(placement: Placement, dimensions: int) -> Placement:
@@ -92,9 +97,8 @@ def runs_of(parameter: Tensor) -> Iterator[tuple[int, int]]:
     if not is_sharded(parameter):
         yield 0, parameter.numel()
         return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    place = import_module(f"{_TENSOR}._utils").compute_local_shape_and_global_offset
+    shape, offsets = place(parameter.shape, parameter.device_mesh, parameter.placements)
     if 0 in shape:
         return
     whole = parameter.shape

@@ -8,10 +8,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastconfig.backends import Backend
 from fastconfig.backends.rows import Rows
+from fastconfig.ops import is_recorded
 
 _SEEDS = 2**63
 
@@ -71,7 +71,7 @@ class GradDrop:
             ValueError: leaks for another number of losses.
             RuntimeError: a tracer other than torch.compile's would keep the seed in its graph as a constant.
         """
-        if not is_dynamo_compiling() and get_proxy_mode() is not None:
+        if not is_dynamo_compiling() and is_recorded():
             raise RuntimeError(
                 "GradDrop cannot be recorded by make_fx or a torch.export that is not strict: its seed would be a "
                 "constant of the graph, and every run would mask the same gradients; use torch.compile"

@@ -100,7 +100,8 @@ class Averages:
             for s, segment in enumerate(segments)
             for parameter, first in zip(segment.parameters, segment.starts, strict=True)
         ]
-        self._foreign = [place for place in self._places if place.values is not place.memory]
+        self._foreign = _foreign(self._places)
+        self._relocations = 0
         self._recorded: dict[tuple[int, ...], list[Recorded]] = {}
         self._gradients = [segment.rows.unbind() for segment in segments]
         self._reached: list[bool] = [False] * len(self._places)
@@ -203,8 +204,20 @@ class Averages:
             for average in self.moments[place.segment]:
                 average[..., place.first : place.first + len(place.memory)].zero_()
 
+    def _find_again(self) -> None:
+        """Take the parameters' memory from where it lies now."""
+        self._relocations, self._needing = self.rows.relocations, []
+        segments = self.rows.segments
+        self._places = [
+            _place(place.segment, segments[place.segment], place.first, place.group, parameter)
+            for place, parameter in zip(self._places, self.parameters, strict=True)
+        ]
+        self._foreign = _foreign(self._places)
+
     def bring_values(self) -> None:
         """Copy parameters whose gradients are of a wider dtype to where a step writes."""
+        if self._relocations != self.rows.relocations:
+            self._find_again()
         for place in self._foreign:
             place.values.copy_(place.memory)
 
@@ -273,6 +286,11 @@ def _place(index: int, segment: landing.Segment, first: int, group: int, paramet
     memory = parameters.memory_of(parameter)
     values = memory if memory.dtype == segment.dtype else memory.to(segment.dtype)
     return _Place(index, first, group, memory, values)
+
+
+def _foreign(places: Sequence[_Place]) -> list[_Place]:
+    """Those whose values a step writes elsewhere than where they lie."""
+    return [place for place in places if place.values is not place.memory]
 
 
 def _moments(segment: landing.Segment, num_losses: int, dtype: torch.dtype | None) -> Moments:

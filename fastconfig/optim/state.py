@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def in_group(shared: Mapping[str, Any], losses_per_step: int) -> dict[str, Any]:
         "round": torch.tensor(round_of, dtype=torch.int64),
         "drawn": torch.tensor(selection["drawn"], dtype=torch.int64),
         "generator": generator,
-        "method": _as_bytes(shared["method"]),  # of any size and kind: bytes are kept as they are
+        "method": _as_text(shared["method"]),  # of any size and kind: what is no tensor is kept as it is
     }
 
 
@@ -106,14 +107,16 @@ def _shared_of(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
             "drawn": packed["drawn"].tolist(),
             "generator": packed["generator"],
         },
-        "method": torch.load(io.BytesIO(packed["method"]), weights_only=True),  # a checkpoint may be anybody's
+        "method": torch.load(
+            io.BytesIO(base64.b64decode(packed["method"])), weights_only=True
+        ),  # a checkpoint may be anybody's
     }
 
 
-def _as_bytes(value: object) -> bytes:
+def _as_text(value: object) -> str:
     file = io.BytesIO()
     torch.save(value, file)
-    return file.getvalue()
+    return base64.b64encode(file.getvalue()).decode()  # PyTorch 2.4 reads no bytes with weights_only=True
 
 
 def _checked_shared(shared: Mapping[str, Any], num_losses: int) -> dict[str, Any]:
