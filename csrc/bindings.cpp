@@ -41,29 +41,41 @@ void use_tier(const std::string& name) {
 
 double* doubles(std::uintptr_t address) { return reinterpret_cast<double*>(address); }
 
+// A tensor whose storage was emptied lies at 0, whatever its shape says.
+std::invalid_argument without_memory(const std::string& name) {
+    return std::invalid_argument(name +
+                                 " has no memory: its storage was emptied, as untyped_storage().resize_(0) does and a "
+                                 "sharded model with what it gathered; use it while it is there");
+}
+
 // Where the rows are, given as (first address, bytes between rows, m) or as a list of m addresses.
-std::vector<const void*> addresses(const py::handle& rows) {
+std::vector<const void*> addresses(const py::handle& rows, int64_t n) {
     std::vector<const void*> result;
     if (PyTuple_Check(rows.ptr())) {
         const auto [first, step, m] = py::cast<std::tuple<std::uintptr_t, std::intptr_t, int64_t>>(rows);
+        if (first == 0 && n > 0) throw without_memory("grads");
         result.reserve(m);
         for (int64_t i = 0; i < m; ++i) result.push_back(reinterpret_cast<const void*>(first + i * step));
     } else {
-        for (const py::handle address : py::cast<py::list>(rows))
-            result.push_back(reinterpret_cast<const void*>(py::cast<std::uintptr_t>(address)));
+        for (const py::handle item : py::cast<py::list>(rows)) {
+            const std::uintptr_t address = py::cast<std::uintptr_t>(item);
+            if (address == 0 && n > 0) throw without_memory("grads[" + std::to_string(result.size()) + "]");
+            result.push_back(reinterpret_cast<const void*>(address));
+        }
     }
     return result;
 }
 
 void gramian(const py::handle& where, int64_t n, DType dtype, std::uintptr_t out, int threads) {
-    const std::vector<const void*> row = addresses(where);
+    const std::vector<const void*> row = addresses(where, n);
     const Engine engine{active_tier, threads};
     py::gil_scoped_release release;
     engine.gramian({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(out));
 }
 
 void apply(const py::handle& where, int64_t n, DType dtype, std::uintptr_t weights, std::uintptr_t out, int threads) {
-    const std::vector<const void*> row = addresses(where);
+    const std::vector<const void*> row = addresses(where, n);
+    if (out == 0 && n > 0) throw without_memory("out");
     const Engine engine{active_tier, threads};
     py::gil_scoped_release release;
     engine.apply({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(weights),
@@ -73,7 +85,8 @@ void apply(const py::handle& where, int64_t n, DType dtype, std::uintptr_t weigh
 // leak may be 0: nothing leaks. `seed` is where the 64-bit seed stands.
 void graddrop(const py::handle& where, int64_t n, DType dtype, std::uintptr_t leak, std::uintptr_t seed, int64_t column,
               std::uintptr_t out, int threads) {
-    const std::vector<const void*> row = addresses(where);
+    const std::vector<const void*> row = addresses(where, n);
+    if (out == 0 && n > 0) throw without_memory("out");
     const Engine engine{active_tier, threads};
     py::gil_scoped_release release;
     engine.graddrop({row.data(), static_cast<int64_t>(row.size()), n, dtype}, doubles(leak),
@@ -83,7 +96,8 @@ void graddrop(const py::handle& where, int64_t n, DType dtype, std::uintptr_t le
 // operand may be 0, where the rule takes none; gramian and weights too: then they are kept nowhere.
 int64_t combine(const py::handle& where, int64_t n, DType dtype, const Rule& rule, std::uintptr_t operand,
                 std::uintptr_t out, std::uintptr_t gramian, std::uintptr_t weights, int threads) {
-    const std::vector<const void*> row = addresses(where);
+    const std::vector<const void*> row = addresses(where, n);
+    if (out == 0 && n > 0) throw without_memory("out");
     const Engine engine{active_tier, threads};
     const int64_t m = static_cast<int64_t>(row.size());
     py::gil_scoped_release release;

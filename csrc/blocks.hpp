@@ -4,6 +4,9 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <new>
+#include <vector>
 
 #include "tier.hpp"
 
@@ -59,6 +62,28 @@ class KeepSubnormals {
     KeepSubnormals(const KeepSubnormals&) = delete;
     KeepSubnormals& operator=(const KeepSubnormals&) = delete;
 };
+
+// An allocation that failed, with what it was for. Python sees a MemoryError.
+class OutOfMemory : public std::bad_alloc {
+    char text_[160];
+
+ public:
+    OutOfMemory(const char* purpose, int64_t bytes, int64_t m, int64_t n) {
+        std::snprintf(text_, sizeof text_,
+                      "fastconfig could not allocate %lld bytes for %s of %lld rows of %lld elements",
+                      static_cast<long long>(bytes), purpose, static_cast<long long>(m), static_cast<long long>(n));
+    }
+    const char* what() const noexcept override { return text_; }
+};
+
+// Zeros: the working memory of a pass over m rows of n elements.
+inline std::vector<double> zeros_for(const char* purpose, int64_t count, int64_t m, int64_t n) {
+    try {
+        return std::vector<double>(count);
+    } catch (const std::bad_alloc&) {
+        throw OutOfMemory(purpose, count * static_cast<int64_t>(sizeof(double)), m, n);
+    }
+}
 
 // Calls work(block, thread) for every block, each thread on a run of its own: the same run in both passes, so that a
 // pass finds in a core's cache what the pass before left there. The second pass goes backwards for the same reason.

@@ -60,7 +60,8 @@ void Engine::gramian(const Rows& rows, double* gramian) const {
     const int64_t count = blocks.count(), size = packed_size(rows.m);
     const int64_t scratch = tier->scratch_size(rows.m) + kApart;
     // All of it before the threads start: an exception must not leave a parallel region.
-    std::vector<double> partials(count * size), scratches(team * scratch);
+    std::vector<double> partials = zeros_for("the partial Gramians", count * size, rows.m, rows.n);
+    std::vector<double> scratches = zeros_for("the threads' sums", team * scratch, rows.m, rows.n);
     const auto kernel = tier->gramian[static_cast<int>(rows.dtype)];
     for_each_block(count, team, false, [&](int64_t block, int64_t thread) {
         kernel(rows.row, rows.m, blocks[block], &partials[block * size], &scratches[thread * scratch]);

@@ -77,7 +77,8 @@ void MomentumSegment::products(const Tier& tier, int threads, const Recorded& re
     const int64_t count = blocks.count(), size = rows.k * rows.m;
     const int64_t scratch = tier.momentum_scratch(rows.m, rows.k) + kApart;
     // All of it before the threads start: an exception must not leave a parallel region.
-    std::vector<double> partials(count * size), scratches(team * scratch);
+    std::vector<double> partials = zeros_for("the partial products", count * size, rows.m, n_);
+    std::vector<double> scratches = zeros_for("the threads' sums", team * scratch, rows.m, n_);
     const auto kernel = tier.momentum_products[static_cast<int>(state_)][static_cast<int>(recorded.dtype)];
     for_each_block(count, team, false, [&](int64_t block, int64_t thread) {
         kernel(rows, blocks[block], &partials[block * size], &scratches[thread * scratch]);

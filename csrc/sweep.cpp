@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -151,7 +153,11 @@ class Copies {
             }
             // Whoever assigned a gradient may have made it of the row's own memory.
             if (copy.bytes == 0) continue;  // an empty gradient may have no address at all
-            std::memmove(reinterpret_cast<void*>(copy.to), reinterpret_cast<const void*>(address_of(grad)), copy.bytes);
+            const std::uintptr_t address = address_of(grad);
+            if (address == 0)
+                throw std::runtime_error("the gradient of parameter " + std::to_string(copy.position) +
+                                         " has no memory: its storage was emptied before it was recorded");
+            std::memmove(reinterpret_cast<void*>(copy.to), reinterpret_cast<const void*>(address), copy.bytes);
         }
         return left;
     }

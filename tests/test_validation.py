@@ -498,3 +498,22 @@ def test_failed_combination_of_a_buffer_writes_nothing(method, error, segments):
     for segment, parameter, (grad, attribute) in zip(buf.segments, parameters, kept, strict=True):
         assert torch.equal(segment.grad, grad)
         assert parameter.grad is attribute
+
+
+@pytest.mark.parametrize("what", ["matrix", "vectors", "out", "gramian", "graddrop"])
+def test_a_storage_that_was_emptied(what):
+    """As fully sharded models free what they gathered; PyTorch's own operations end the process there."""
+    block, vector, out = torch.randn(2, 300), torch.randn(300), torch.zeros(300)
+    emptied = {"vectors": vector, "out": out}.get(what, block)
+    emptied.untyped_storage().resize_(0)
+    calls = {
+        "matrix": lambda: fc.combine(block, out=out, backend="cpu"),
+        "vectors": lambda: fc.combine([torch.randn(300), vector], out=out, backend="cpu"),
+        "out": lambda: fc.combine(block, out=out, backend="cpu"),
+        "gramian": lambda: fc.gramian(block, backend="cpu"),
+        "graddrop": lambda: fc.combine(block, fc.GradDrop(), out=out, backend="cpu"),
+    }
+    name = {"vectors": "grads[1]", "out": "out"}.get(what, "grads")
+    with pytest.raises(ValueError, match=re.escape(f"{name} has no memory: its storage was emptied")):
+        calls[what]()
+    assert what == "out" or not out.any()

@@ -7,6 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+WITHOUT_MEMORY = (
+    "has no memory: its storage was emptied, as untyped_storage().resize_(0) does and a sharded model with what it "
+    "gathered; use it while it is there"
+)
+"""Of a tensor that lies at address 0, whatever its shape says; PyTorch's own operations end the process there."""
+
 
 class Rows(NamedTuple):
     """m gradient vectors of n elements, in the form the backends read.

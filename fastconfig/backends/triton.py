@@ -22,7 +22,7 @@ from fastconfig.backends.launching import Kernel
 from fastconfig.backends.launching import launch as launch_kernel
 from fastconfig.backends.moments import HEAD
 from fastconfig.backends.philox import WORDS
-from fastconfig.backends.rows import Rows
+from fastconfig.backends.rows import WITHOUT_MEMORY, Rows
 from fastconfig.backends.rules import LENGTH_NAMES, ConFIGRule, GramianRule
 
 OLDEST = (3, 6)
@@ -429,11 +429,18 @@ def _operand(rows: Rows, workspace: Workspace, out: Tensor | None, few: int | No
     starts = 0 if out is None else out.data_ptr()  # of several numbers, a bit is set where it is set in any of them
     addresses: tuple[int, ...] = _NO_ADDRESSES
     separate = False
+    if n and out is not None and not starts:
+        raise ValueError(f"out {WITHOUT_MEMORY}")
     if matrix is not None:
         pointer, stride = matrix, matrix.stride(0) if m > 1 else 0
-        starts |= matrix.data_ptr() | stride * itemsize
+        start = matrix.data_ptr()
+        if n and not start:
+            raise ValueError(f"grads {WITHOUT_MEMORY}")
+        starts |= start | stride * itemsize
     else:
         own = tuple(vector.data_ptr() for vector in vectors)
+        if n and 0 in own:
+            raise ValueError(f"grads[{own.index(0)}] {WITHOUT_MEMORY}")
         for start in own:
             starts |= start
         separate = m <= (few or geometry.FEW)

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "../../csrc/tier.hpp"
@@ -78,6 +80,9 @@ std::vector<const Tier*> tiers();
 
 // Calls `attempt` again and again, the first allocation failing, then the second, until one call needs no more: after
 // each that failed, `after` looks at what it left. Returns how many allocations a call makes.
+// What failures said since it was cleared.
+extern std::set<std::string> said;
+
 int64_t with_every_allocation_failing(const std::function<void()>& attempt, const std::function<void()>& after);
 
 void test_streams(bool quick);

@@ -1,6 +1,7 @@
 // Runs the tests of the core without Python: under sanitizers, or on a machine that is only emulated.
 #include <atomic>
 #include <new>
+#include <string>
 
 #include "check.hpp"
 
@@ -109,14 +110,18 @@ std::vector<const Tier*> tiers() {
     return std::vector<const Tier*>(found, found + available_tiers(found, 3));
 }
 
+std::set<std::string> said;
+
 int64_t with_every_allocation_failing(const std::function<void()>& attempt, const std::function<void()>& after) {
     for (int64_t failing = 0;; ++failing) {
         bool failed = false;
         left = failing;
         try {
             attempt();
-        } catch (const std::bad_alloc&) {
+        } catch (const std::bad_alloc& error) {
             failed = true;
+            left = -1;
+            said.insert(error.what());
         }
         left = -1;
         if (!failed) return failing;

@@ -85,10 +85,14 @@ void test_failing_allocations(const Engine& engine, DType dtype, Random& random)
     with_every_allocation_failing([&] { engine.apply(grads.rows(), weights.data(), out.row(0)); },
                                   [&] { CHECK(out.same_bits(before), "an application that failed has written"); });
     gramian.assign(81, -7.0);
+    said.clear();
     with_every_allocation_failing([&] { engine.gramian(grads.rows(), gramian.data()); },
                                   [&] {
                                       for (const double product : gramian) CHECK(product == -7.0, "half a Gramian");
                                   });
+    const std::string asked =
+        "fastconfig could not allocate 360 bytes for the partial Gramians of 9 rows of 300 elements";
+    CHECK(said.empty() || said.count(asked) == 1, "what was asked for is not said");
 }
 
 }  // namespace
