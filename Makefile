@@ -22,7 +22,7 @@ OF_KERNELS := tests/ptx tests/test_triton.py tests/test_two_float.py tests/test_
   tests/test_momentum_triton.py tests/test_graddrop.py
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto
 
-.PHONY: demo test bench gpu ptx kernels matrix sanitize lint format clean
+.PHONY: demo test bench gpu ptx kernels matrix sanitize fuzz lint format clean
 
 demo: $(SHOWN)
 	$(BIN)/fastconfig demo burgers
@@ -57,6 +57,11 @@ matrix: $(DEVELOPED)
 # The compiled core under the compilers' sanitizers, without Python and beneath it. QUICK=1: a minute, what CI does.
 sanitize: $(DEVELOPED)
 	QUICK=$(QUICK) bash .ci/sanitize
+
+# Random inputs, EXAMPLES of them for each property, in other places every time: 40000 are a million in all.
+EXAMPLES ?= 2000
+fuzz: $(DEVELOPED)
+	FASTCONFIG_FUZZ=$(EXAMPLES) $(PYTEST) tests/test_fuzz.py tests/test_properties.py
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import random
 import sys
+from collections import Counter
 
 # Before numpy is imported: its BLAS spins a second set of threads beside torch's, which costs seconds on two cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -49,7 +50,16 @@ if importlib.util.find_spec("hypothesis"):  # the tests that a bare machine with
         max_examples=50,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
-    hypothesis.settings.load_profile("fastconfig")
+    # `make fuzz`: other ones every time, and as many as it says.
+    hypothesis.settings.register_profile(
+        "fuzz",
+        parent=hypothesis.settings.get_profile("fastconfig"),
+        derandomize=False,
+        database=None,
+        print_blob=True,
+        max_examples=int(os.environ.get("FASTCONFIG_FUZZ") or 1),
+    )
+    hypothesis.settings.load_profile("fuzz" if os.environ.get("FASTCONFIG_FUZZ") else "fastconfig")
 
 # test_cpu.py asserts that the compiled core is built; here a missing one only shortens the list.
 BACKENDS_HERE = ["reference"] + (["cpu"] if BACKENDS["cpu"].available() is None else [])
@@ -95,21 +105,43 @@ if EMULATED:
         """The same order of programs and warps whenever this test runs, and another one for each number asked for."""
         EMULATOR.random = random.Random(f"{os.environ.get('FASTCONFIG_EMULATE_SEED', '0')} {request.node.nodeid}")
 
-    def pytest_sessionfinish(session: pytest.Session) -> None:
-        """What ran, for the process that asked for the tests."""
-        if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["emulated"] = dataclasses.asdict(EMULATOR.tally)
 
-    TALLIES: list[dict[str, object]] = []
+def counted_here() -> dict[str, dict[str, int]]:
+    """What this process has run: on the emulator, and of random inputs."""
+    fuzz = sys.modules.get("test_fuzz")
+    return {
+        "emulated": dataclasses.asdict(EMULATOR.tally) if EMULATED else {},
+        "fuzzed": dict(fuzz.FUZZED) if fuzz else {},
+    }
 
-    def pytest_testnodedown(node) -> None:
-        """Of each process."""
-        TALLIES.append(node.workeroutput["emulated"])
 
-    def pytest_terminal_summary(terminalreporter) -> None:
-        """What ran on the emulator."""
-        total = sum((Tally(**tally) for tally in TALLIES), start=EMULATOR.tally)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell it to the process that asked for the tests."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counted"] = counted_here()
+
+
+COUNTED: list[dict[str, dict[str, int]]] = []
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_testnodedown(node) -> None:
+    """A process has ended, or died without a word."""
+    if hasattr(node, "workeroutput"):
+        COUNTED.append(node.workeroutput["counted"])
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What ran in all."""
+    everywhere = [*COUNTED, counted_here()]
+    if EMULATED:
+        total = sum((Tally(**counted["emulated"]) for counted in everywhere), start=Tally())
         terminalreporter.write_line(f"{EMULATED}, Triton {backends.triton.triton.__version__}: {total}")
+    fuzzed = sum((Counter(counted["fuzzed"]) for counted in everywhere), start=Counter())
+    if fuzzed and os.environ.get("FASTCONFIG_FUZZ"):
+        for name, count in fuzzed.items():
+            terminalreporter.write_line(f"{count:10,} {name}")
+        terminalreporter.write_line(f"{fuzzed.total():10,} random inputs")
 
 
 @pytest.fixture

@@ -562,9 +562,10 @@ def test_decide_is_the_same_by_either_backends_weights():
     fused, parts = case.ledger(), None
     parts = copy_of(fused)
     products = got.segment.products(got.recorded, scales_of(2), BETA1)
-    decision = decide(
+    decision, after = decide(
         parts, (3, 1), products, scales_of(2), RULE, lambda gramian: cpu.config_weights(gramian, ConFIG), None
     )
+    parts.become(after)
     other = case.build("cpu", (3, 1), list(got.recorded.rows))
     got.segment.update(got.recorded, RULE, decision)
     other.segment.step(fused, other.recorded, RULE, ConFIG, scales_of(2))

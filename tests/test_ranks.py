@@ -713,6 +713,7 @@ def one_does_not_come(rank: int) -> str:
     return told
 
 
+@since(2, 11, "the timeout of a group of gloo's stays what it was made with")
 def test_a_rank_that_does_not_come_ends_the_others_wait_by_the_groups_timeout(two: World) -> None:
     told, _ = two.run(one_does_not_come)
     assert told.startswith(("RuntimeError", "DistBackendError"))

@@ -74,7 +74,7 @@ def take_step(
         raise_if_nonfinite(products, recorded.losses)
     ask = all_seen and (home.type != "cpu" or _has_use_for(ledger, recorded.losses, products, found_inf))
     weigh = _weights_by(method, ask, across)
-    decision = decide(ledger, recorded.losses, products, scales, rule, weigh, found_inf)
+    decision, after = decide(ledger, recorded.losses, products, scales, rule, weigh, found_inf)
     beside = [
         (segment, recorded, Decision.of(decision.numbers.to(recorded.rows[0].device), len(ledger.weights)))
         for segment, recorded in segments
@@ -88,6 +88,7 @@ def take_step(
             across.ranks.total(square)
         for _, _, local in beside:
             local.clip.copy_((rule.max_update_norm / square.sqrt()).clamp(max=1.0))
+    ledger.become(after)
     for segment, recorded, local in beside:
         segment.update(recorded, rule, local)
 

@@ -124,9 +124,10 @@ def test_the_parts_equal_the_reference(m: int, n: int) -> None:
     scales = torch.tensor([0.5, 2.0], dtype=torch.float64, device=DEVICE)
     products = [training.segment.products(recorded, scales, 0.9) for training in (ours, theirs)]
     torch.testing.assert_close(*products, rtol=1e-12, atol=1e-12 * float(products[1].abs().max()))
-    decision = reference.decide(
+    decision, after = reference.decide(
         ours.ledger, recorded.losses, products[1], scales, RULE, lambda k: reference.config_weights(k, METHOD)
     )
+    ours.ledger.become(after)
     squares = [training.segment.update_square(recorded, RULE, decision) for training in (ours, theirs)]
     torch.testing.assert_close(*squares, rtol=1e-5, atol=0.0)
     assert torch.equal(squares[0], ours.segment.update_square(recorded, RULE, decision))

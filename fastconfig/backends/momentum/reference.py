@@ -183,7 +183,10 @@ def step_in_parts(
     rows = segment.products(recorded, scales, rule.beta1)
     if method.nonfinite == "raise":
         raise_if_nonfinite(rows, recorded.losses)
-    decision = decide(ledger, recorded.losses, rows, scales, rule, lambda k: config_weights(k, method), found_inf)
+    decision, after = decide(
+        ledger, recorded.losses, rows, scales, rule, lambda k: config_weights(k, method), found_inf
+    )
+    ledger.become(after)
     segment.update(recorded, rule, decision)
 
 
@@ -202,11 +205,11 @@ def decide(
     rule: StepRule,
     weights_of: Callable[[Tensor], Tensor],
     found_inf: Tensor | None = None,
-) -> Decision:
-    """The m×m part of a step: brings the ledger up to date and says what to write.
+) -> tuple[Decision, Ledger]:
+    """The m×m part of a step: what to write, and what the ledger becomes.
 
     Args:
-        ledger: updated in place, where the gradients are finite.
+        ledger: as it is. The caller brings it up to date when nothing can fail any more.
         losses: I.
         products: (k, m) from ``products``, summed over all segments.
         scales: (k,) as there.
@@ -215,7 +218,7 @@ def decide(
         found_inf: not zero where a GradScaler has found a gradient that is not finite.
 
     Returns:
-        With ``clip`` 1. Where a gradient is not finite, ``take`` is 0 and the ledger counts one step left out.
+        With ``clip`` 1. Where a gradient is not finite, ``take`` is 0 and the new ledger counts one step left out.
     """
     gramian, old_weights, counts, totals = ledger
     m = len(old_weights)
@@ -245,8 +248,10 @@ def decide(
     decision.backward.copy_(rule.beta1 * old_weights)
     decision.scales.copy_(scales)
 
-    gramian.copy_(torch.where(take, new_gramian, gramian))
-    counts.copy_(torch.where(take, new_counts, counts))
-    old_weights.copy_(torch.where(update, forward, old_weights))
-    totals += torch.stack([update, ~take])
-    return decision
+    after = Ledger(
+        torch.where(take, new_gramian, gramian),
+        torch.where(update, forward, old_weights),
+        torch.where(take, new_counts, counts),
+        totals + torch.stack([update, ~take]),
+    )
+    return decision, after
