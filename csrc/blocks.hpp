@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "fork.hpp"
 #include "tier.hpp"
 
 #if defined(__x86_64__)
@@ -42,7 +43,7 @@ struct Blocks {
 // How many threads take part where `elements` are read.
 inline int threads_for(const Blocks& blocks, int64_t elements, int threads) {
     if (elements < kSerialElements) return 1;
-    return static_cast<int>(std::clamp<int64_t>(blocks.count(), 1, threads));
+    return threads_after_fork(static_cast<int>(std::clamp<int64_t>(blocks.count(), 1, threads)));
 }
 
 // Whether subnormal numbers are flushed is each thread's own setting, and torch.set_flush_denormal sets it on one: here

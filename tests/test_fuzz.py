@@ -286,7 +286,7 @@ def test_rules(strand, name, kind, m, seed, power):
     ),
 )
 def test_steps_of_momentum(strand, sizes, m, dtype, seed, name, options):
-    """On the core and on the reference the same parameters, up to rounding, and neither touches what lies beside them."""
+    """The core and the reference end alike, up to rounding, and neither touches what lies beside the parameters."""
     FUZZED["steps of momentum"] += 1
     rng = np.random.default_rng(seed)
     shifts = rng.integers(0, 20, len(sizes))

@@ -31,7 +31,7 @@ METHODS = {
 }
 
 REMEMBERING = ("gradvac", "sdmgrad", "nashmtl")
-"""Where the core does not do all of a step, what they remember goes on with each attempt, before the result is formed."""
+"""Where the core does not do all of a step, what they remember goes on with each attempt."""
 
 
 @contextmanager
