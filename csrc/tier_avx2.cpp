@@ -7,6 +7,7 @@
 #define FASTCONFIG_TIER_NAME "avx2"
 #define FASTCONFIG_VECTOR_BYTES 32
 #define FASTCONFIG_X86 1
+#define FASTCONFIG_PACKS false
 
 // After every header: nothing but this tier's own code, internal to this file, may hold these instructions.
 #if defined(__clang__)

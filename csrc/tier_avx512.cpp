@@ -7,6 +7,8 @@
 #define FASTCONFIG_TIER_NAME "avx512"
 #define FASTCONFIG_VECTOR_BYTES 64
 #define FASTCONFIG_X86 1
+// Intel converts on the ports that multiply, AMD beside them.
+#define FASTCONFIG_PACKS (__builtin_cpu_is("intel") != 0)
 
 // After every header: nothing but this tier's own code, internal to this file, may hold these instructions.
 #if defined(__clang__)

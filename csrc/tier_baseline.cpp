@@ -4,6 +4,7 @@
 #define FASTCONFIG_TIER_NAME "baseline"
 #define FASTCONFIG_VECTOR_BYTES 16
 #define FASTCONFIG_X86 0
+#define FASTCONFIG_PACKS false
 
 namespace fastconfig {
 namespace {

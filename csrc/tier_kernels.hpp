@@ -2,6 +2,7 @@
 // after it has switched its instruction set on, with
 //   FASTCONFIG_VECTOR_BYTES   the width of a vector of doubles
 //   FASTCONFIG_TIER_NAME      as FASTCONFIG_ISA spells it
+//   FASTCONFIG_PACKS          whether the Gramian of many rows converts a panel once, not in every tile
 //   FASTCONFIG_X86            1 where <immintrin.h>'s F16C and streaming stores may be used
 // Vectors are the compiler's generic ones (GCC, Clang), so the arithmetic is written once and the baseline needs no
 // intrinsics. No standard header may be included here: its inline functions would be compiled for this tier, and the
@@ -22,7 +23,7 @@
 #undef INLINE
 
 const Tier kTier = {FASTCONFIG_TIER_NAME,
-                    scratch_size,
+                    gramian_scratch_size,
                     {gramian<Float32>, gramian<Float64>, gramian<BFloat16>, gramian<Float16>},
                     {combine<Float32>, combine<Float64>, combine<BFloat16>, combine<Float16>},
                     {graddrop<Float32>, graddrop<Float64>, graddrop<BFloat16>, graddrop<Float16>},

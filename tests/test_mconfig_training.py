@@ -52,6 +52,7 @@ def test_two_processes_train_as_one_on_the_whole_batch(tmp_path, as_bucket_view)
 
 
 @pytest.mark.filterwarnings("ignore:Graph break due to unsupported builtin:UserWarning")  # `record` stays outside
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.usefixtures("one_thread")
 def test_a_compiled_training_step_takes_the_same_steps():
     x = inputs()

@@ -449,7 +449,7 @@ def test_out_is_written_and_autograd_sees_it(tracer):
 @pytest.mark.parametrize("method", [None, SumOfAll()], ids=["ConFIG", "sum"])
 @pytest.mark.parametrize(
     "tracer",
-    [*TRACERS, pytest.param("inductor", marks=since(2, 7, "inductor fails on complex memory that an operator writes"))],
+    [*TRACERS, pytest.param("inductor", marks=since(2, 8, "inductor fails on complex memory that an operator writes"))],
 )
 def test_out_of_complex_gradients_and_of_other_methods(tracer, method):
     # Inside a larger block: functionalisation of torch 2.13 loses the place of a real view of complex memory.
@@ -698,7 +698,7 @@ def test_buffer_compiles_once_for_the_same_parameters_reached():
     assert model.weight.grad is not None
 
 
-@since(2, 7, "torch.compile does not pass on what an error says")
+@since(2, 8, "torch.compile does not pass on what an error says")
 def test_buffer_inside_a_graph_refuses_what_it_refuses_outside():
     model = torch.nn.Linear(3, 2)
     buf = fc.GradientBuffer(model.parameters(), num_losses=2)

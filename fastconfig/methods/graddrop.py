@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -80,7 +79,10 @@ class GradDrop:
             rows = parts[0][1]
             self._bring_to(rows.device, rows.m)
         if columns is None:
-            columns = list(accumulate((rows.n for _, rows, _ in parts[:-1]), initial=0))
+            columns, column = [], 0  # PyTorch 2.7 cannot compile itertools.accumulate from a number on
+            for _, rows, _ in parts:
+                columns.append(column)
+                column += rows.n
         for (backend, rows, out), column in zip(parts, columns, strict=True):
             leak = None if self._leak is None else self._leak.to(rows.device)
             backend.graddrop(rows, leak, self._seed.to(rows.device), column, out)

@@ -95,7 +95,7 @@ class Weighting(nn.Module):
     def _keep(self, usable: Tensor, **values: Tensor) -> None:
         """Give buffers new values where ``usable``, a bool that broadcasts over each of them."""
         for name, value in values.items():
-            buffer = self.get_buffer(name)
+            buffer: Tensor = getattr(self, name)  # PyTorch 2.4 cannot compile get_buffer
             buffer.copy_(torch.where(usable, value, buffer))
 
     def _each(self, losses: Tensor | Sequence[Tensor]) -> list[Tensor]:
