@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-_TENSOR = "torch.distributed.tensor" if find_spec("torch.distributed.tensor._api") else "torch.distributed._tensor"
-"""Where DTensors are defined; PyTorch 2.4 has them in a private module."""
+_TENSOR = "torch.distributed._tensor" if torch.__version__.startswith("2.4.") else "torch.distributed.tensor"
+"""Where DTensors are defined: a module that takes long to import, and that nobody imports who has none."""
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
