@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -45,16 +47,31 @@ ALONE = {"config_of_gramian", "combination", "graddrop", "table_of_addresses", "
 """Those that take no tickets, however they are launched."""
 ARCHITECTURES = {"newest": ("sm_89", "sm_90", "sm_100", "gfx942"), "oldest": ("sm_80", "gfx942")}
 """What is compiled in CI by which Triton; `make kernels` compiles for all by both."""
+UNITS = "matrix units (taken for granted, found)"
 FOLDERS = {"newest": "FASTCONFIG_NEWEST_TRITON", "oldest": "FASTCONFIG_OLDEST_TRITON"}
 """Environment variables that name a folder with a Triton; the installed one, PyTorch's, lies between the two."""
 
 
-def compile_subset(out: Path, architectures: tuple[str, ...], triton_folder: str) -> dict:
+def compile_all(folder: Path, architectures: tuple[str, ...], triton_folder: str) -> dict:
+    """What the tool reports of all architectures, each compiled by a process of its own, as many at once as cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        outs = [folder / f"kernels-{architecture}.json" for architecture in architectures]
+        reports = list(pool.map(compile_subset, outs, architectures, repeat(triton_folder)))
+    return {
+        "triton": reports[0]["triton"],
+        "architectures": list(architectures),
+        UNITS: {name: found for report in reports for name, found in report[UNITS].items()},
+        "specialisations": [each for report in reports for each in report["specialisations"]],
+        "exit_code": max(report["exit_code"] for report in reports),
+    }
+
+
+def compile_subset(out: Path, architecture: str, triton_folder: str) -> dict:
     """What the tool reports; its exit code is left to the tests, which say what is wrong."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     path = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = triton_folder if path is None else os.pathsep.join((triton_folder, path))
-    command = [sys.executable, str(TOOL), "--subset", "--out", str(out), "--arch", *architectures]
+    command = [sys.executable, str(TOOL), "--subset", "--out", str(out), "--arch", architecture]
     out.unlink(missing_ok=True)
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert out.exists(), done.stderr
@@ -79,7 +96,7 @@ def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     done = shared / f"compiled-by-the-{request.param}.json"
     with FileLock(f"{done}.lock"):
         if not done.exists():
-            report = compile_subset(shared / "kernels.json", ARCHITECTURES[request.param], folder)
+            report = compile_all(shared, ARCHITECTURES[request.param], folder)
             done.write_text(json.dumps(report))
     report = json.loads(done.read_text())
     found = tuple(int(number) for number in report["triton"].split(".")[:2])
@@ -190,7 +207,7 @@ def test_every_ticket_stands_between_its_fence_and_its_invalidation(result):
 
 def test_devices_have_matrix_units_where_products_are_made_of_them(result):
     """By what this Triton compiles: a device that is taken to have them and has none would spill, and crawl."""
-    units = result["matrix units (taken for granted, found)"]
+    units = result[UNITS]
     assert {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100"} <= set(units)
     taken = {name: given for name, (given, _) in units.items()}
     found = {name: made for name, (_, made) in units.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import fastconfig as fc
+from fastconfig.gradients.memory import aligned_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,6 +99,13 @@ def test_combine(backend, monkeypatch, name, vectors):
             continue
         torch.manual_seed(0)
         assert torch.equal(out, fc.combine(grads, undisturbed, backend=backend))
+
+
+def test_rows_that_do_not_fit_say_what_was_asked_for():
+    with pytest.raises(
+        RuntimeError, match=r"could not allocate 3 rows of 100,000,000,000,000 elements of torch.float32"
+    ):
+        aligned_rows(3, 10**14, torch.float32, torch.device("cpu"))
 
 
 def model() -> nn.Module:

@@ -34,10 +34,18 @@ def aligned_rows(count: int, n: int, dtype: torch.dtype, device: torch.device) -
 
 
 def aligned_block(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The memory of ``aligned_rows``: zeros, (count, n and what pads it), contiguous."""
+    """The memory of ``aligned_rows``: zeros, (count, n and what pads it), contiguous.
+
+    Raises:
+        RuntimeError: PyTorch's own, with what was asked for.
+    """
     with torch.inference_mode(False):  # autograd must be able to accumulate into the rows
         padded = n + -n % (ROW_BYTES // dtype.itemsize)
-        return fresh((count, padded), dtype, device).zero_()
+        try:
+            return fresh((count, padded), dtype, device).zero_()
+        except RuntimeError as error:  # torch.OutOfMemoryError among them, which stays one
+            asked = f"{count} rows of {padded:,} elements of {dtype}, {count * padded * dtype.itemsize:,} bytes"
+            raise type(error)(f"fastconfig could not allocate {asked} on {device}: {error}") from error
 
 
 def _ask_for_huge_pages(block: Tensor) -> None:
