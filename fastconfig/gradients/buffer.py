@@ -436,14 +436,14 @@ class GradientBuffer:
         if self._together is not None and is_dynamo_compiling():  # collective calls stay outside of graphs
             eager: Callable[..., Combination] = torch.compiler.disable(self.combine)
             return eager(method, scaler=scaler, stale=stale, sharded=sharded)
-        if self._together is None:  # no try in a graph: older dynamos lose the error that is raised again
+        try:
             rule = self._checked_for_combining(method, stale)
-        else:
-            try:
-                rule = self._checked_for_combining(method, stale)
-            except Exception as error:
-                (self._together if self._shared is None else self._shared).fail(error)
-                raise
+        except Exception as error:
+            if self._shared is not None:
+                self._shared.fail(error)
+            elif self._together is not None:
+                self._together.fail(error)
+            raise
         if self._shared is not None:
             self._shared.call_roll(None)
         self._rows.settle()
