@@ -80,6 +80,9 @@ std::vector<const Tier*> tiers();
 
 // Calls `attempt` again and again, the first allocation failing, then the second, until one call needs no more: after
 // each that failed, `after` looks at what it left. Returns how many allocations a call makes.
+// Whether this build's allocator is the one that can fail.
+extern const bool allocations_can_fail;
+
 // What failures said since it was cleared.
 extern std::set<std::string> said;
 

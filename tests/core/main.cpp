@@ -37,6 +37,12 @@ namespace fastconfig::test {
 
 int64_t checks = 0;
 
+#ifdef WITH_THREAD_SANITIZER
+const bool allocations_can_fail = false;
+#else
+const bool allocations_can_fail = true;
+#endif
+
 void encode(double value, DType dtype, void* to) {
     const float single = static_cast<float>(value);
     uint32_t bits;
