@@ -17,21 +17,27 @@
 
 namespace fastconfig {
 
-// Columns of one block. Blocks depend on n alone, never on threads, and their sums are added in block order: the bits
-// are the same for any number of threads. At least 64·m, so that the blocks' partial Gramians stay under 1/32 of the
-// rows; a multiple of 16 Ki, so that a vector aligned in one block is aligned in all.
-constexpr int64_t kBlockColumns = 1 << 14;
-
 // Under this many elements a call runs serially: waking a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 1 << 17;
 
 // Doubles between two threads' scratch: two cache lines, so that no thread writes where another's line begins.
 constexpr int64_t kApart = 16;
 
+// Columns of one block. Blocks depend on m and n alone, never on threads, and their sums are added in block order: the
+// bits are the same for any number of threads. Where several threads take part there are sixteen or more blocks, so
+// that they end at about the same time, but none of under 64·m columns, so that the blocks' partial Gramians stay under
+// 1/32 of the rows; and all are a multiple of 512, so that a vector aligned in one is aligned in all.
+constexpr int64_t kMostBlockColumns = 1 << 14;
+constexpr int64_t kLeastBlockColumns = 512;
+
 struct Blocks {
     int64_t n, columns;
 
-    Blocks(int64_t m, int64_t n) : n(n), columns((m * 64 + kBlockColumns - 1) / kBlockColumns * kBlockColumns) {}
+    Blocks(int64_t m, int64_t n) : n(n) {
+        const int64_t shared = m * n < kSerialElements ? n : n / 16;
+        const int64_t wanted = std::max(std::min(shared, kMostBlockColumns), m * 64);
+        columns = std::max((wanted + kLeastBlockColumns - 1) / kLeastBlockColumns, int64_t{1}) * kLeastBlockColumns;
+    }
 
     int64_t count() const { return (n + columns - 1) / columns; }
     Columns operator[](int64_t block) const {

@@ -2,8 +2,8 @@
 // Part of tier_kernels.hpp, compiled once a tier inside its namespace: no include guard, no standard headers.
 //
 // Tiles of at most kTileRows × kTileCols pairs, whose sums stay in registers while a panel of columns passes. Elements
-// become doubles as they are loaded, in every tile anew: the execution ports that convert are not those that multiply,
-// and a panel converted once into the cache measured slower (bench/README.md).
+// become doubles as they are loaded, in every tile anew: most processors convert on other ports than they multiply, and
+// a panel converted once into the cache measured slower (bench/README.md). For the others there is packed.hpp.
 
 #if FASTCONFIG_VECTOR_BYTES == 64
 constexpr int kRegisters = 32, kTileRows = 6, kTileCols = 4;  // 24 sums + 4 + 1
@@ -174,125 +174,25 @@ class Prefetcher {
     }
 };
 
-// A panel as doubles, where it is converted once instead of in every tile. A band of tiles and the rows that pass it
-// fit the first-level cache, and rows are a vector more than a power of two apart: else all would fall into the same
-// sets.
-constexpr int64_t kPackedRows = 40;
-constexpr int64_t kPackedColumns = 512;
-constexpr int64_t kPackedStride = kPackedColumns + kLanes;
-
-// sums += the products of R rows of a packed panel with C others, or, where C is 0, with each other.
-template <int R, int C>
-void packed_tile(const double* x, const double* y, int64_t count, double* sums) {
-    constexpr int pairs = C ? R * C : packed_size(R);
-    Doubles acc[pairs];
-    for (int e = 0; e < pairs; ++e) acc[e] = load_raw<Doubles>(sums + e * kLanes);
-    for (int64_t k = 0; k < count; k += kLanes) {
-        if constexpr (C > 0) {
-            Doubles b[C > 0 ? C : 1];
-            for (int j = 0; j < C; ++j) b[j] = load_raw<Doubles>(y + j * kPackedStride + k);
-            for (int i = 0; i < R; ++i) {
-                const Doubles a = load_raw<Doubles>(x + i * kPackedStride + k);
-                for (int j = 0; j < C; ++j) acc[i * C + j] += a * b[j];
-            }
-        } else {
-            Doubles a[R];
-            for (int i = 0; i < R; ++i) a[i] = load_raw<Doubles>(x + i * kPackedStride + k);
-            for (int i = 0, e = 0; i < R; ++i)
-                for (int j = 0; j <= i; ++j, ++e) acc[e] += a[i] * a[j];
-        }
-    }
-    for (int e = 0; e < pairs; ++e) store_raw(sums + e * kLanes, acc[e]);
-}
-
-typedef void (*PackedProduct)(const double* x, const double* y, int64_t count, double* sums);
-
-template <int R>
-PackedProduct packed_tile_of(int64_t cols) {
-    switch (cols) {
-        case 0: return packed_tile<R, 0>;
-        case 1: return packed_tile<R, 1>;
-        case 2: return packed_tile<R, 2>;
-        case 3: return packed_tile<R, 3>;
-        default: return packed_tile<R, kTileCols>;
-    }
-}
-
-inline PackedProduct packed_tile_of(int64_t rows, int64_t cols) {
-    switch (rows) {
-        case 1: return packed_tile_of<1>(cols);
-        case 2: return packed_tile_of<2>(cols);
-        case 3: return packed_tile_of<3>(cols);
-        case 4: return packed_tile_of<4>(cols);
-        case 5: return packed_tile_of<at_most(5, kTileRows)>(cols);
-        default: return packed_tile_of<kTileRows>(cols);
-    }
-}
-
-template <class T>
-inline bool packs(int64_t m) {
-    return FASTCONFIG_PACKS && sizeof(typename T::Element) < sizeof(double) && m >= kPackedRows;
-}
-
-// Doubles of scratch for gramian: sums, and a packed panel with what aligns it.
-inline int64_t gramian_scratch_size(int64_t m) {
-    return scratch_size(m) + (packs<Float32>(m) ? m * kPackedStride + kLanes : 0);
-}
-
-// A run of a row as doubles, zeros behind its end up to a whole step. Returns how many there are then.
-template <class T>
-inline int64_t pack(const void* row, Columns columns, double* to) {
-    typedef typename T::Element Element;
-    const Element* p = static_cast<const Element*>(row) + columns.first;
-    int64_t k = 0;
-    for (; k + kStep<T> <= columns.count; k += kStep<T>)
-        for (int part = 0; part < T::kParts; ++part) store_raw(to + k + part * kLanes, T::load(p + k, part));
-    if (const int64_t left = columns.count - k; left > 0) {
-        Element tail[kStep<T>] = {};
-        __builtin_memcpy(tail, p + k, left * sizeof(Element));
-        for (int part = 0; part < T::kParts; ++part) store_raw(to + k + part * kLanes, T::load(tail, part));
-        k += kStep<T>;
-    }
-    return k;
-}
-
-// Adds the sums, lane by lane, of a run of columns; `panel` is called for each panel with what fetches the next.
+// Calls work(panel, fetch) for one panel of `width` columns after the other; `fetch`, called for each of so many tiles,
+// fetches the next.
 template <class T, class Panel>
-inline void by_panels(const void* const* row, int64_t m, Columns columns, int64_t width, Panel work) {
+inline void by_panels(const void* const* row, int64_t m, Columns columns, int64_t width, int64_t tiles, Panel work) {
     constexpr int64_t element = sizeof(typename T::Element);
     const int64_t last = columns.first + columns.count;
     for (int64_t first = columns.first; first < last; first += width) {
         const Columns panel = {first, at_most(last - first, width)};
         const int64_t after = first + panel.count;
         Prefetcher prefetcher(row, m, {after, m < kPrefetchedRows ? 0 : at_most(last - after, width)}, element);
-        const int64_t lines_a_tile = prefetcher.total() * kTileRows * kTileCols * 2 / (m * m) + 1;
+        const int64_t lines_a_tile = prefetcher.total() / tiles + 1;
         work(panel, [&] { prefetcher.advance(lines_a_tile); });
     }
 }
 
 template <class T>
-void add_packed(const void* const* row, int64_t m, Columns columns, double* sums) {
-    const uintptr_t scratch = reinterpret_cast<uintptr_t>(sums + scratch_size(m));
-    double* const packed =
-        reinterpret_cast<double*>((scratch + sizeof(Doubles) - 1) / sizeof(Doubles) * sizeof(Doubles));
-    by_panels<T>(row, m, columns, kPackedColumns, [&](Columns panel, auto fetch) {
-        int64_t count = 0;
-        for (int64_t i = 0; i < m; ++i) count = pack<T>(row[i], panel, packed + i * kPackedStride);
-        for_each_tile(
-            m, sums,
-            [&](int64_t i, int64_t rows, int64_t j, int64_t cols, double* at) {
-                fetch();
-                packed_tile_of(rows, cols)(packed + i * kPackedStride, packed + j * kPackedStride, count, at);
-            },
-            [&](int64_t i, int64_t rows, double* at) {
-                packed_tile_of(rows, 0)(packed + i * kPackedStride, nullptr, count, at);
-            });
-    });
-}
-
-template <class T>
-void add_as_loaded(const void* const* row, int64_t m, Columns columns, double* sums) {
-    by_panels<T>(row, m, columns, panel_columns(m, sizeof(typename T::Element)), [&](Columns panel, auto fetch) {
+void add_tiles(const void* const* row, int64_t m, Columns columns, double* sums) {
+    const int64_t tiles = m * m / (2 * kTileRows * kTileCols) + 1;
+    by_panels<T>(row, m, columns, panel_columns(m, sizeof(typename T::Element)), tiles, [&](Columns panel, auto fetch) {
         for_each_tile(
             m, sums,
             [&](int64_t i, int64_t rows, int64_t j, int64_t cols, double* at) {
@@ -307,12 +207,9 @@ void add_as_loaded(const void* const* row, int64_t m, Columns columns, double* s
 }
 
 template <class T>
-void gramian(const void* const* row, int64_t m, Columns columns, double* partial, double* sums) {
+void tiled_gramian(const void* const* row, int64_t m, Columns columns, double* partial, double* sums) {
     __builtin_memset(sums, 0, scratch_size(m) * sizeof *sums);
-    if (packs<T>(m))
-        add_packed<T>(row, m, columns, sums);
-    else
-        add_as_loaded<T>(row, m, columns, sums);
+    add_tiles<T>(row, m, columns, sums);
     const auto put = [&](int64_t i, int64_t j, const double* at) {
         partial[packed_size(i) + j] = sum(load_raw<Doubles>(at));
     };

@@ -2,7 +2,7 @@
 // after it has switched its instruction set on, with
 //   FASTCONFIG_VECTOR_BYTES   the width of a vector of doubles
 //   FASTCONFIG_TIER_NAME      as FASTCONFIG_ISA spells it
-//   FASTCONFIG_PACKS          whether the Gramian of many rows converts a panel once, not in every tile
+//   FASTCONFIG_PACKS          whether the Gramian of many rows is packed.hpp's
 //   FASTCONFIG_X86            1 where <immintrin.h>'s F16C and streaming stores may be used
 // Vectors are the compiler's generic ones (GCC, Clang), so the arithmetic is written once and the baseline needs no
 // intrinsics. No standard header may be included here: its inline functions would be compiled for this tier, and the
@@ -13,6 +13,8 @@
 #include "combine.hpp"
 #include "convert.hpp"
 #include "gramian.hpp"
+// after gramian.hpp, of whose panels it makes its own
+#include "packed.hpp"
 // after combine.hpp, whose strips they go by
 #include "philox.hpp"
 // after philox.hpp, by which it draws

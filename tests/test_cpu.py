@@ -15,7 +15,7 @@ import fastconfig as fc
 from fastconfig.backends import BACKENDS, cpu, reference
 from fastconfig.validation import check_rows
 
-LOSSES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 40, 64, 128]
+LOSSES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 37, 40, 64, 128]
 SIZES = [0, 1, 15, 16, 17, 31, 1000, 65537]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TIERS = cpu.tiers() if cpu.available() is None else []

@@ -101,8 +101,8 @@ void test_failing_allocations(const Engine& engine, DType dtype, Random& random)
 void test_streams(bool quick) {
     Random random(1);
     const std::vector<int64_t> ms =
-        quick ? std::vector<int64_t>{1, 2, 5, 13}
-              : std::vector<int64_t>{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 25, 40, 65};
+        quick ? std::vector<int64_t>{1, 2, 5, 13, 37}
+              : std::vector<int64_t>{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 25, 37, 40, 65, 104};
     const std::vector<int64_t> ns = quick ? std::vector<int64_t>{1, 17, 515}
                                           : std::vector<int64_t>{1,  2,  3,  7,  8,   9,   15,  16,  17,   31,  32,
                                                                  33, 63, 64, 65, 127, 511, 512, 513, 1030, 2051};
