@@ -7,7 +7,6 @@
 
 #include "gramian_rule.hpp"
 #include "nonnegative.hpp"
-#include "small.hpp"
 
 namespace fastconfig {
 namespace {
@@ -19,14 +18,16 @@ constexpr double kSmall = 1e-10;  // an error that such a standstill may leave
 // C x = q·x^(-β) for x > 0: where ½xᵀCx - Σ q ∫x^(-β), which is convex, is least.
 class Bargain {
  public:
-    Bargain(const double* unit, std::vector<double> q, double beta)
-        : unit_(unit), q_(std::move(q)), beta_(beta), size_(static_cast<int64_t>(q_.size())) {}
+    Bargain(const Machine& machine, const double* unit, std::vector<double> q, double beta)
+        : machine_(machine), unit_(unit), q_(std::move(q)), beta_(beta), size_(static_cast<int64_t>(q_.size())) {}
 
     // Receives x; false where there is none, as the hull of the rows holds the origin.
     bool solve(std::vector<double>& x) const {
         x.resize(size_);
         for (int64_t i = 0; i < size_; ++i) x[i] = std::pow(q_[i], 1.0 / (1.0 + beta_));  // the answer for C = 1
-        std::vector<double> along(size_), wanted(size_), step(size_), hessian(size_ * size_), best;
+        std::vector<double> along(size_), wanted(size_), step(size_), best;
+        Factor hessian(size_);
+        hessian.resize(size_);
         evaluate(x, along, wanted);
         double least = std::numeric_limits<double>::infinity();
         for (int turn = 0, idle = 0; turn < kMostSteps; ++turn) {
@@ -36,11 +37,13 @@ class Bargain {
             if (error <= 4.0 * static_cast<double>(size_) * kEpsilon || (idle >= kIdle && least < kSmall)) break;
             for (int64_t i = 0; i < size_; ++i) step[i] = wanted[i] - along[i];
             const std::vector<double> downhill(step);
-            std::copy(unit_, unit_ + size_ * size_, hessian.begin());
-            for (int64_t i = 0; i < size_; ++i) hessian[i * size_ + i] += beta_ * wanted[i] / x[i];
-            if (!factor(hessian.data(), size_, 0.0)) return false;
-            solve_factored(hessian.data(), step.data(), size_);
-            advance(x, step, dot(downhill.data(), step.data(), size_), along, wanted);
+            for (int64_t i = 0; i < size_; ++i) {
+                std::copy(unit_ + i * size_, unit_ + (i + 1) * size_, hessian.row(i));
+                hessian.row(i)[i] += beta_ * wanted[i] / x[i];
+            }
+            if (!hessian.factor(machine_, 0.0)) return false;
+            hessian.solve(machine_, step.data());
+            advance(x, step, machine_.dot(downhill.data(), step.data(), size_), along, wanted);
         }
         x = best;
         evaluate(x, along, wanted);
@@ -58,7 +61,7 @@ class Bargain {
     }
 
     void evaluate(const std::vector<double>& x, std::vector<double>& along, std::vector<double>& wanted) const {
-        multiply(unit_, x.data(), along.data(), size_);
+        machine_.multiply(unit_, x.data(), along.data(), size_);
         for (int64_t i = 0; i < size_; ++i) wanted[i] = beta_ == 1.0 ? q_[i] / x[i] : q_[i] * std::pow(x[i], -beta_);
     }
 
@@ -90,16 +93,17 @@ class Bargain {
     // that differ too much for float64.
     bool are_apart() const {
         std::vector<double> w(size_);
-        return least_norm_point(unit_, std::vector<double>(size_, 1.0).data(), size_, w.data());
+        return least_norm_point(machine_, unit_, std::vector<double>(size_, 1.0).data(), size_, w.data());
     }
 
     // Σ |C_ij| x_j
     double terms(const std::vector<double>& x, int64_t i) const {
-        double total = 0.0;
-        for (int64_t j = 0; j < size_; ++j) total += std::fabs(unit_[i * size_ + j]) * x[j];
+        double total;
+        machine_.dense.dot_and_size(unit_ + i * size_, x.data(), size_, &total);
         return total;
     }
 
+    const Machine& machine_;
     const double* unit_;
     const std::vector<double> q_;
     const double beta_;
@@ -112,7 +116,7 @@ class Bargain {
 void nash(const Problem& problem, const std::vector<double>& parameters, double*, double* c) {
     const std::vector<double> preferences = problem.preferences();
     std::vector<double> x;
-    if (!Bargain(problem.unit.data(), preferences, 1.0).solve(x)) return;
+    if (!Bargain(problem.machine, problem.unit.data(), preferences, 1.0).solve(x)) return;
     double square = 0.0;  // of the combination: xᵀCx = Σ p at the solution
     for (const double preference : preferences) square += preference;
     const double most = parameters[0];
@@ -129,7 +133,7 @@ void fairgrad(const Problem& problem, const std::vector<double>& parameters, dou
         logarithm[i] = std::log(logarithm[i]) + (beta - 1.0) * std::log(problem.norm[i]);
     const double most = *std::max_element(logarithm.begin(), logarithm.end());
     for (int64_t i = 0; i < problem.k; ++i) q[i] = std::exp(logarithm[i] - most);
-    if (!Bargain(problem.unit.data(), q, beta).solve(x)) return;
+    if (!Bargain(problem.machine, problem.unit.data(), q, beta).solve(x)) return;
     const double scale = std::exp(most / (1.0 + beta));
     for (int64_t i = 0; i < problem.k; ++i) c[i] = scale * x[i] / problem.norm[i];
 }

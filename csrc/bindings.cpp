@@ -108,9 +108,9 @@ int64_t combine(const py::handle& where, int64_t n, DType dtype, const Rule& rul
 }
 
 int64_t rule_weights(std::uintptr_t gramian, int64_t m, const Rule& rule, std::uintptr_t operand,
-                     std::uintptr_t weights) {
+                     std::uintptr_t weights, int threads) {
     py::gil_scoped_release release;
-    return rule.weights(doubles(gramian), m, doubles(operand), doubles(weights));
+    return rule.weights({active_tier->dense, threads}, doubles(gramian), m, doubles(operand), doubles(weights));
 }
 
 GramianRule gramian_rule(const std::string& name, std::vector<double> parameters, std::vector<double> preferences,

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "eigen.hpp"
-#include "small.hpp"
+#include "machine.hpp"
+#include "spectrum.hpp"
 
 namespace fastconfig {
 namespace {
@@ -44,61 +44,55 @@ Active active_rows(const double* gramian, int64_t m, const std::vector<double>& 
 // eigen-decomposition, which is the contract's own definition. Both factors are backward stable, so the bound holds for
 // a matrix within about k·2⁻⁵³ of C: far under the default rtol of 1e-12. With an rtol of that order or 0, rounding
 // decides on either path, and the floor under the pivots keeps a singular C from this one.
-bool solve_regular(const Active& active, double rtol, std::vector<double>& solution) {
+bool solve_regular(const Machine& machine, const Active& active, double rtol, std::vector<double>& solution) {
     const int64_t k = active.size();
-    std::vector<double> l(active.unit), inverse(k * k, 0.0);
-    const double smallest_pivot = std::max(rtol * k, std::numeric_limits<double>::epsilon() * k);
-    for (int64_t i = 0; i < k; ++i) {
-        for (int64_t j = 0; j < i; ++j) l[i * k + j] = (l[i * k + j] - dot(&l[i * k], &l[j * k], j)) / l[j * k + j];
-        const double pivot = l[i * k + i] - dot(&l[i * k], &l[i * k], i);
-        if (!(pivot > smallest_pivot)) return false;  // every pivot is at least λ_min
-        l[i * k + i] = std::sqrt(pivot);
-    }
-    // Row i of L⁻¹ is minus (row i of L before the diagonal) times the rows above, over the pivot.
+    Factor u(k);
+    u.resize(k);
+    for (int64_t i = 0; i < k; ++i) std::copy_n(&active.unit[i * k], k, u.row(i));
+    // Every pivot is at least λ_min.
+    if (!u.factor(machine, std::max(rtol * k, std::numeric_limits<double>::epsilon() * k))) return false;
+    // Row i of L⁻¹ is minus (row i of L = Uᵀ before the diagonal) times the rows above, over the diagonal.
+    std::vector<double> inverse(k * k, 0.0);
     double trace = 0.0;
     for (int64_t i = 0; i < k; ++i) {
         double* row = &inverse[i * k];
-        const double scale = 1.0 / l[i * k + i];
-        for (int64_t j = 0; j < i; ++j) {
-            const double factor = -scale * l[i * k + j];
-            for (int64_t e = 0; e <= j; ++e) row[e] += factor * inverse[j * k + e];
-        }
+        const double scale = u.row(i)[i];
+        for (int64_t j = 0; j < i; ++j) machine.add(-scale * u.row(j)[i], &inverse[j * k], row, j + 1);
         row[i] = scale;
-        trace += dot(row, row, i + 1);
+        trace += machine.dot(row, row, i + 1);
     }
     if (!(rtol * k * trace < 1.0)) return false;
     solution.assign(k, 0.0);
     for (int64_t i = 0; i < k; ++i) {
-        const double forward = dot(&inverse[i * k], active.direction.data(), i + 1);
-        for (int64_t e = 0; e <= i; ++e) solution[e] += forward * inverse[i * k + e];
+        const double forward = machine.dot(&inverse[i * k], active.direction.data(), i + 1);
+        machine.add(forward, &inverse[i * k], solution.data(), i + 1);
     }
     return true;
 }
 
 // a = C⁺w from the eigen-decomposition, truncated as the contract says. Returns λ_max.
-double solve_truncated(const Active& active, double rtol, std::vector<double>& solution) {
+double solve_truncated(const Machine& machine, const Active& active, double rtol, std::vector<double>& solution) {
     const int64_t k = active.size();
-    const Eigen eigen = symmetric_eigen(active.unit.data(), k);
-    const double largest = *std::max_element(eigen.values.begin(), eigen.values.end());
+    const Spectrum spectrum(machine, active.unit.data(), k);
+    const std::vector<double>& values = spectrum.values();
+    const double largest = *std::max_element(values.begin(), values.end());
     const double threshold = std::max(rtol * largest, 0.0);
-    solution.assign(k, 0.0);
-    for (int64_t e = 0; e < k; ++e) {
-        if (eigen.values[e] <= threshold) continue;  // a NaN is no small eigenvalue: it must show in the answer
-        const double* vector = &eigen.vectors[e * k];
-        const double along = dot(vector, active.direction.data(), k) / eigen.values[e];
-        for (int64_t i = 0; i < k; ++i) solution[i] += along * vector[i];
-    }
+    solution = active.direction;
+    spectrum.to_eigenvectors(solution.data());
+    // A NaN is no small eigenvalue: it must show in the answer.
+    for (int64_t e = 0; e < k; ++e) solution[e] = values[e] <= threshold ? 0.0 : solution[e] / values[e];
+    spectrum.from_eigenvectors(solution.data());
     return largest;
 }
 
 // The unit direction's coefficients on the unit rows, d/|d| with d = C⁺ŵ; zeros where |d|² counts as zero.
-std::vector<double> unit_direction(const Active& active, double rtol) {
+std::vector<double> unit_direction(const Machine& machine, const Active& active, double rtol) {
     const int64_t k = active.size();
     std::vector<double> solution;
     double largest = static_cast<double>(k);  // λ_max ≤ k; with full rank |d|²·λ_max ≥ |ŵ|², so the bound is harmless
-    if (!solve_regular(active, rtol, solution)) largest = solve_truncated(active, rtol, solution);
-    const double square = dot(solution.data(), active.direction.data(), k);
-    const double weight = dot(active.direction.data(), active.direction.data(), k);
+    if (!solve_regular(machine, active, rtol, solution)) largest = solve_truncated(machine, active, rtol, solution);
+    const double square = machine.dot(solution.data(), active.direction.data(), k);
+    const double weight = machine.dot(active.direction.data(), active.direction.data(), k);
     if (square * largest <= rtol * weight) return std::vector<double>(k, 0.0);
     const double scale = 1.0 / std::sqrt(square);
     for (double& value : solution) value *= scale;
@@ -133,11 +127,12 @@ double tracked_norm(const ConfigRule& rule, const Active& active) {
     }
 }
 
-double length_of(const ConfigRule& rule, const Active& active, const std::vector<double>& direction) {
+double length_of(const Machine& machine, const ConfigRule& rule, const Active& active,
+                 const std::vector<double>& direction) {
     const int64_t k = active.size();
     double cosines = 0.0, projections = 0.0;
     for (int64_t i = 0; i < k; ++i) {
-        const double cosine = dot(&active.unit[i * k], direction.data(), k);
+        const double cosine = machine.dot(&active.unit[i * k], direction.data(), k);
         cosines += cosine;
         projections += active.norm[i] * cosine;
     }
@@ -146,7 +141,7 @@ double length_of(const ConfigRule& rule, const Active& active, const std::vector
 
 }  // namespace
 
-int64_t ConfigRule::weights(const double* gramian, int64_t m, double*, double* weights) const {
+int64_t ConfigRule::weights(const Machine& machine, const double* gramian, int64_t m, double*, double* weights) const {
     if (const int64_t bad = first_nonfinite(gramian, m); bad != kFinite && nonfinite != NonFinite::drop) {
         if (nonfinite == NonFinite::raise) return bad;
         std::fill(weights, weights + m, std::numeric_limits<double>::quiet_NaN());
@@ -154,8 +149,8 @@ int64_t ConfigRule::weights(const double* gramian, int64_t m, double*, double* w
     }
     const Active active = active_rows(gramian, m, direction);
     const int64_t k = active.size();
-    const std::vector<double> along = k > 0 ? unit_direction(active, rtol) : std::vector<double>();
-    const double length = k > 0 ? length_of(*this, active, along) : 0.0;
+    const std::vector<double> along = k > 0 ? unit_direction(machine, active, rtol) : std::vector<double>();
+    const double length = k > 0 ? length_of(machine, *this, active, along) : 0.0;
     std::fill(weights, weights + m, 0.0);
     for (int64_t i = 0; i < k; ++i)  // an opposed pair's zero stays zero whatever the length
         weights[active.index[i]] = along[i] == 0.0 ? 0.0 : along[i] / active.norm[i] * length;

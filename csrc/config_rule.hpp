@@ -21,7 +21,8 @@ struct ConfigRule : Rule {
     ConfigRule(std::vector<double> direction, Length length, int64_t tracked, double rtol, NonFinite nonfinite)
         : Rule(nonfinite), direction(std::move(direction)), length(length), tracked(tracked), rtol(rtol) {}
 
-    int64_t weights(const double* gramian, int64_t m, double* operand, double* weights) const override;
+    int64_t weights(const Machine& machine, const double* gramian, int64_t m, double* operand,
+                    double* weights) const override;
 };
 
 }  // namespace fastconfig

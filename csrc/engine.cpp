@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "blocks.hpp"
+#include "machine.hpp"
 
 namespace fastconfig {
 namespace {
@@ -87,7 +88,7 @@ int64_t Engine::combine(const Rows& rows, const Rule& rule, double* operand, voi
                         double* weights) const {
     Used used(rows.m);  // nothing may fail once the method has updated what it remembers
     this->gramian(rows, gramian);
-    const int64_t bad = rule.weights(gramian, rows.m, operand, weights);
+    const int64_t bad = rule.weights({tier->dense, threads}, gramian, rows.m, operand, weights);
     if (bad != Rule::kFinite) return bad;
     used.choose(rows, weights);
     apply_used(*this, rows, used, out);

@@ -6,14 +6,14 @@
 #include <limits>
 
 #include "config_rule.hpp"
-#include "eigen.hpp"
-#include "small.hpp"
+#include "spectrum.hpp"
 
 namespace fastconfig {
 namespace {
 
-Problem problem_of(const double* gramian, int64_t m, const std::vector<double>& preferences, bool only_preferred) {
-    Problem problem{m, 0, {}, {}, {}, {}, {}, 0.0};
+Problem problem_of(const Machine& machine, const double* gramian, int64_t m, const std::vector<double>& preferences,
+                   bool only_preferred) {
+    Problem problem{machine, m, 0, {}, {}, {}, {}, {}, 0.0};
     for (int64_t i = 0; i < m; ++i) {
         const double square = gramian[i * m + i];
         if (std::isfinite(square)) problem.total += preferences.empty() ? 1.0 : preferences[i];
@@ -49,17 +49,18 @@ std::vector<double> Problem::shares() const {
 
 std::vector<double> Problem::products(const std::vector<double>& weights) const {
     std::vector<double> result(k);
-    multiply(gramian.data(), weights.data(), result.data(), k);
+    machine.multiply(gramian.data(), weights.data(), result.data(), k);
     return result;
 }
 
-int64_t GramianRule::weights(const double* gramian, int64_t m, double* operand, double* weights) const {
+int64_t GramianRule::weights(const Machine& machine, const double* gramian, int64_t m, double* operand,
+                             double* weights) const {
     if (const int64_t bad = first_nonfinite(gramian, m); bad != kFinite && nonfinite != NonFinite::drop) {
         if (nonfinite == NonFinite::raise) return bad;
         std::fill(weights, weights + m, std::numeric_limits<double>::quiet_NaN());
         return kFinite;
     }
-    const Problem problem = problem_of(gramian, m, preferences, method->only_preferred);
+    const Problem problem = problem_of(machine, gramian, m, preferences, method->only_preferred);
     std::vector<double> c(problem.k, 0.0);
     if (problem.k > 0) method->solve(problem, parameters, operand, c.data());
     std::fill(weights, weights + m, 0.0);
@@ -106,7 +107,7 @@ void inverse_norm(const Problem& problem, const std::vector<double>& parameters,
 
 void imtlg(const Problem& problem, const std::vector<double>&, double*, double* c) {
     const ConfigRule config({}, Length::minimum, 0, kNothing, NonFinite::propagate);
-    config.weights(problem.gramian.data(), problem.k, nullptr, c);
+    config.weights(problem.machine, problem.gramian.data(), problem.k, nullptr, c);
     double total = 0.0;
     for (int64_t i = 0; i < problem.k; ++i) total += c[i];
     for (int64_t i = 0; i < problem.k; ++i) c[i] = total == 0.0 ? 0.0 : c[i] / total;
@@ -118,10 +119,11 @@ void aligned(const Problem& problem, const std::vector<double>& parameters, doub
     const double unit = *std::max_element(problem.norm.begin(), problem.norm.end());
     std::vector<double> scaled(problem.gramian);
     for (double& product : scaled) product = product / unit / unit;
-    const Eigen eigen = symmetric_eigen(scaled.data(), k);
-    const double cut = kNothing * *std::max_element(eigen.values.begin(), eigen.values.end());
+    const Spectrum spectrum(problem.machine, scaled.data(), k);
+    const std::vector<double>& values = spectrum.values();
+    const double cut = kNothing * *std::max_element(values.begin(), values.end());
     std::vector<double> kept;
-    for (const double value : eigen.values)
+    for (const double value : values)
         if (value > cut) kept.push_back(value);
     std::sort(kept.begin(), kept.end());
     double scale = kept[0];
@@ -132,11 +134,10 @@ void aligned(const Problem& problem, const std::vector<double>& parameters, doub
         scale /= static_cast<double>(kept.size());
     }
     const std::vector<double> shares = problem.shares();
-    for (int64_t e = 0; e < k; ++e) {
-        if (eigen.values[e] <= cut) continue;
-        const double* vector = &eigen.vectors[e * k];
-        add(dot(vector, shares.data(), k) * std::sqrt(scale / eigen.values[e]), vector, c, k);
-    }
+    std::copy(shares.begin(), shares.end(), c);
+    spectrum.to_eigenvectors(c);
+    for (int64_t e = 0; e < k; ++e) c[e] *= values[e] > cut ? std::sqrt(scale / values[e]) : 0.0;
+    spectrum.from_eigenvectors(c);
 }
 
 }  // namespace fastconfig

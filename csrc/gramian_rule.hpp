@@ -5,12 +5,14 @@
 #include <utility>
 #include <vector>
 
+#include "machine.hpp"
 #include "rule.hpp"
 
 namespace fastconfig {
 
 // What a method works on: the k of m rows that are finite and not zero.
 struct Problem {
+    const Machine& machine;
     int64_t m, k;
     std::vector<int64_t> index;      // (k,) where they stand among the m
     std::vector<double> gramian;     // (k, k)
@@ -54,7 +56,8 @@ struct GramianRule : Rule {
                 NonFinite nonfinite)
         : Rule(nonfinite), method(method), parameters(std::move(parameters)), preferences(std::move(preferences)) {}
 
-    int64_t weights(const double* gramian, int64_t m, double* operand, double* weights) const override;
+    int64_t weights(const Machine& machine, const double* gramian, int64_t m, double* operand,
+                    double* weights) const override;
 };
 
 }  // namespace fastconfig

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "blocks.hpp"
+#include "machine.hpp"
 
 namespace fastconfig {
 namespace {
@@ -226,7 +227,7 @@ int64_t MomentumSegment::step(const Tier& tier, int threads, const Recorded& rec
         for (int64_t i = 0; i < m; ++i) bias[i] = 1.0 - std::pow(rule.beta1, counts[i]);
         for (int64_t i = 0; i < m; ++i)
             for (int64_t j = 0; j < m; ++j) unbiased_gramian[i * m + j] = gramian[i * m + j] / bias[j] / bias[i];
-        method.weights(unbiased_gramian.data(), m, operand, forward);  // the last that may fail
+        method.weights({tier.dense, threads}, unbiased_gramian.data(), m, operand, forward);  // the last that may fail
         ledger.totals[0] = t;
         decision[kUpdate] = 1.0;
         decision[kGradient] = 1.0 / unbiased;

@@ -5,8 +5,6 @@
 #include <limits>
 #include <utility>
 
-#include "small.hpp"
-
 namespace fastconfig {
 namespace {
 
@@ -16,8 +14,8 @@ constexpr int kPatience = 3;  // exchanges of several entries without progress b
 
 }  // namespace
 
-NonNegative::NonNegative(const double* a, int64_t size)
-    : a_(a), size_(size), free_(size, 0), block_(size * size), solution_(size), wrong_(size) {
+NonNegative::NonNegative(const Machine& machine, const double* a, int64_t size)
+    : machine_(machine), a_(a), size_(size), free_(size, 0), block_(size), solution_(size), wrong_(size) {
     index_.reserve(size);
 }
 
@@ -31,12 +29,15 @@ bool NonNegative::solve_free(const double* f, double* x) {
     for (int64_t j = 0; j < size_; ++j)
         if (free_[j]) index_.push_back(j);
     const int64_t count = static_cast<int64_t>(index_.size());
+    block_.resize(count);
     for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = i; j < count; ++j) block_[i * count + j] = a_[index_[i] * size_ + index_[j]];
+        double* row = block_.row(i);
+        const double* from = a_ + index_[i] * size_;
+        for (int64_t j = i; j < count; ++j) row[j] = from[index_[j]];
         solution_[i] = f[index_[i]];
     }
-    if (!factor(block_.data(), count, 4.0 * static_cast<double>(size_) * kEpsilon)) return false;
-    solve_factored(block_.data(), solution_.data(), count);
+    if (!block_.factor(machine_, 4.0 * static_cast<double>(size_) * kEpsilon)) return false;
+    block_.solve(machine_, solution_.data());
     std::fill(x, x + size_, 0.0);
     for (int64_t i = 0; i < count; ++i) x[index_[i]] = solution_[i];
     return true;
@@ -44,12 +45,9 @@ bool NonNegative::solve_free(const double* f, double* x) {
 
 // (f - Ax)_j, 0 where it is no more than rounding.
 double NonNegative::surplus(const double* f, const double* x, int64_t j) const {
-    const double* row = a_ + j * size_;
-    double total = f[j], terms = std::fabs(f[j]);
-    for (const int64_t i : index_) {
-        total -= row[i] * x[i];
-        terms += std::fabs(row[i] * x[i]);
-    }
+    double terms;
+    const double total = f[j] - machine_.dense.dot_and_size(a_ + j * size_, x, size_, &terms);
+    terms += std::fabs(f[j]);
     return std::fabs(total) <= 4.0 * static_cast<double>(size_) * kEpsilon * terms ? 0.0 : total;
 }
 
@@ -146,7 +144,7 @@ void NonNegative::by_active_set(const double* f, double* x) {
     }
 }
 
-bool least_norm_point(const double* unit, const double* norm, int64_t k, double* w) {
+bool least_norm_point(const Machine& machine, const double* unit, const double* norm, int64_t k, double* w) {
     // minimise ½τ²·|Gᵀw|² + σ/2·(τ - 1)² over w on the simplex and τ > 0: for any σ the same w. With y = τ·w·norm
     // that is ½yᵀ(C + ηηᵀ)y - √σ·ηᵀy, η = √σ/norm; σ is the smallest squared norm, so that no η passes 1.
     const double least = *std::min_element(norm, norm + k);
@@ -154,11 +152,11 @@ bool least_norm_point(const double* unit, const double* norm, int64_t k, double*
     for (int64_t i = 0; i < k; ++i) eta[i] = least / norm[i];
     for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < k; ++j) a[i * k + j] = unit[i * k + j] + eta[i] * eta[j];
-    NonNegative program(a.data(), k);
+    NonNegative program(machine, a.data(), k);
     program.solve(eta.data(), w);
     double square = 0.0, terms = 0.0, total = 0.0;
     for (int64_t i = 0; i < k; ++i) {
-        square += w[i] * dot(unit + i * k, w, k);
+        square += w[i] * machine.dot(unit + i * k, w, k);
         terms += w[i] * w[i];
     }
     for (int64_t i = 0; i < k; ++i) total += w[i] /= norm[i];

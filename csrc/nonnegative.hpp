@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "machine.hpp"
+
 namespace fastconfig {
 
 // A: (size, size) symmetric, positive semi-definite, of diagonal near 1; f such that the objective is bounded. At the
@@ -15,7 +17,7 @@ namespace fastconfig {
 // Squares Problems, ch. 23), which is.
 class NonNegative {
  public:
-    NonNegative(const double* a, int64_t size);
+    NonNegative(const Machine& machine, const double* a, int64_t size);
 
     // x (size,), overwritten. The last solution's support is where the search begins.
     void solve(const double* f, double* x);
@@ -33,16 +35,18 @@ class NonNegative {
     bool exchange(int64_t entering, const double* f, double* x);
     double surplus(const double* f, const double* x, int64_t j) const;
 
+    const Machine& machine_;
     const double* a_;
     int64_t size_;
     std::vector<char> free_;
     std::vector<int64_t> index_;
-    std::vector<double> block_, solution_;
+    Factor block_;
+    std::vector<double> solution_;
     std::vector<char> wrong_;
 };
 
 // w = argmin wᵀKw on the simplex Σw = 1, w ≥ 0: the point of least norm in the hull of the rows (k, k), none zero,
 // given as unit Gramian and norms. Returns false, and w, where that point is the origin.
-bool least_norm_point(const double* unit, const double* norm, int64_t k, double* w);
+bool least_norm_point(const Machine& machine, const double* unit, const double* norm, int64_t k, double* w);
 
 }  // namespace fastconfig

@@ -6,7 +6,6 @@
 
 #include "gramian_rule.hpp"
 #include "nonnegative.hpp"
-#include "small.hpp"
 
 namespace fastconfig {
 namespace {
@@ -14,7 +13,8 @@ namespace {
 // The length of the combination Σ y_i u_i of the unit rows.
 double length_of(const Problem& problem, const std::vector<double>& y) {
     double square = 0.0;
-    for (int64_t i = 0; i < problem.k; ++i) square += y[i] * dot(&problem.unit[i * problem.k], y.data(), problem.k);
+    for (int64_t i = 0; i < problem.k; ++i)
+        square += y[i] * problem.machine.dot(&problem.unit[i * problem.k], y.data(), problem.k);
     return std::sqrt(std::max(square, 0.0));
 }
 
@@ -25,7 +25,7 @@ class Raised {
  public:
     Raised(const Problem& problem, const std::vector<double>& norm, const std::vector<double>& b)
         : problem_(problem),
-          program_(problem.unit.data(), problem.k),
+          program_(problem.machine, problem.unit.data(), problem.k),
           f_(problem.k),
           eta_(b.size()),
           unit_b_(b),
@@ -51,15 +51,17 @@ class Raised {
         for (int64_t i = 0; i < problem_.k; ++i)
             if (program_.free()[i]) index.push_back(i);
         const int64_t count = static_cast<int64_t>(index.size());
-        std::vector<double> block(count * count), u(count), r(count);
+        Factor block(count);
+        block.resize(count);
+        std::vector<double> u(count), r(count);
         for (int64_t i = 0; i < count; ++i) {
-            for (int64_t j = 0; j < count; ++j) block[i * count + j] = problem_.unit[index[i] * problem_.k + index[j]];
+            for (int64_t j = 0; j < count; ++j) block.row(i)[j] = problem_.unit[index[i] * problem_.k + index[j]];
             u[i] = eta_[index[i]];
             r[i] = unit_b_[index[i]];
         }
-        if (count == 0 || !factor(block.data(), count, 0.0)) return std::numeric_limits<double>::quiet_NaN();
-        solve_factored(block.data(), u.data(), count);
-        solve_factored(block.data(), r.data(), count);
+        if (count == 0 || !block.factor(problem_.machine, 0.0)) return std::numeric_limits<double>::quiet_NaN();
+        block.solve(problem_.machine, u.data());
+        block.solve(problem_.machine, r.data());
         double uu = 0.0, ur = 0.0, rr = 0.0;
         for (int64_t i = 0; i < count; ++i) {
             uu += u[i] * eta_[index[i]];
@@ -97,7 +99,8 @@ void project_on_simplex(std::vector<double>& w) {
 }  // namespace
 
 void mgda(const Problem& problem, const std::vector<double>&, double*, double* c) {
-    if (!least_norm_point(problem.unit.data(), problem.norm.data(), problem.k, c)) std::fill(c, c + problem.k, 0.0);
+    if (!least_norm_point(problem.machine, problem.unit.data(), problem.norm.data(), problem.k, c))
+        std::fill(c, c + problem.k, 0.0);
 }
 
 // parameters: the ball's radius relative to |g₀|, and how the result is scaled down: 0 not, 1 by 1 + c², 2 by 1 + c.
@@ -114,14 +117,14 @@ void cagrad(const Problem& problem, const std::vector<double>& parameters, doubl
     const double longest = *std::max_element(problem.norm.begin(), problem.norm.end());
     std::vector<double> norm(problem.norm), mean(shares), b(k), w(k);
     for (int64_t i = 0; i < k; ++i) mean[i] *= norm[i] /= longest;
-    multiply(problem.unit.data(), mean.data(), b.data(), k);
+    problem.machine.multiply(problem.unit.data(), mean.data(), b.data(), k);
     for (int64_t i = 0; i < k; ++i) b[i] *= norm[i];
     const double radius = relative * length_of(problem, mean);
     if (radius == 0.0) return;
 
     // The level t that all rows' products reach: at least what g₀ reaches, at most what the hull's least point allows.
-    const bool apart = least_norm_point(problem.unit.data(), norm.data(), k, w.data());
-    double low = *std::min_element(b.begin(), b.end()), high = dot(b.data(), w.data(), k);
+    const bool apart = least_norm_point(problem.machine, problem.unit.data(), norm.data(), k, w.data());
+    double low = *std::min_element(b.begin(), b.end()), high = problem.machine.dot(b.data(), w.data(), k);
     for (int64_t i = 0; i < k; ++i) w[i] *= norm[i];
     // No direction goes along with all rows where their hull holds the origin.
     high = std::max(apart ? high + radius * length_of(problem, w) : 0.0, low);
@@ -151,15 +154,20 @@ void dualproj(const Problem& problem, const std::vector<double>&, double*, doubl
 void upgrad(const Problem& problem, const std::vector<double>&, double*, double* c) {
     const int64_t k = problem.k;
     const std::vector<double> shares = problem.shares();
-    NonNegative program(problem.unit.data(), k);
-    std::vector<double> f(k), y(k);
+    std::vector<double> y(k * k);
+    problem.machine.share(k, k * k * k, [&](int64_t first, int64_t last) {
+        NonNegative program(problem.machine, problem.unit.data(), k);
+        std::vector<double> f(k);
+        for (int64_t i = first; i < last; ++i) {
+            if (shares[i] == 0.0) continue;
+            for (int64_t j = 0; j < k; ++j) f[j] = -problem.unit[i * k + j];
+            program.forget();
+            program.solve(f.data(), &y[i * k]);
+        }
+    });
     for (int64_t i = 0; i < k; ++i) {
         c[i] += shares[i];
-        if (shares[i] == 0.0) continue;
-        for (int64_t j = 0; j < k; ++j) f[j] = -problem.unit[i * k + j];
-        program.forget();
-        program.solve(f.data(), y.data());
-        for (int64_t j = 0; j < k; ++j) c[j] += shares[i] * problem.norm[i] * y[j] / problem.norm[j];
+        for (int64_t j = 0; j < k; ++j) c[j] += shares[i] * problem.norm[i] * y[i * k + j] / problem.norm[j];
     }
 }
 

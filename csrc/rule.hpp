@@ -6,6 +6,8 @@
 
 namespace fastconfig {
 
+struct Machine;
+
 enum class NonFinite : int { propagate, drop, raise };
 
 class Rule {
@@ -15,10 +17,11 @@ class Rule {
     explicit Rule(NonFinite nonfinite) : nonfinite(nonfinite) {}
     virtual ~Rule() = default;
 
-    // gramian: (m, m) row-major. operand: what the rule takes besides, of this call alone, and may update; null where
-    // it takes nothing. weights: (m,) receives c. Returns kFinite, or the first non-finite row under NonFinite::raise,
-    // when nothing has been written; nor has it where an allocation fails.
-    virtual int64_t weights(const double* gramian, int64_t m, double* operand, double* weights) const = 0;
+    // machine: what it computes with. gramian: (m, m) row-major. operand: what the rule takes besides, of this call
+    // alone, and may update; null where it takes nothing. weights: (m,) receives c. Returns kFinite, or the first
+    // non-finite row under NonFinite::raise, when nothing has been written; nor has it where an allocation fails.
+    virtual int64_t weights(const Machine& machine, const double* gramian, int64_t m, double* operand,
+                            double* weights) const = 0;
 
     const NonFinite nonfinite;
 };

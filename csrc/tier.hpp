@@ -68,8 +68,41 @@ struct MomentumPiece {
     int group;
 };
 
+// On vectors of `count` numbers and matrices (size, size), row-major, of a few dozen.
+struct Dense {
+    double (*dot)(const double* a, const double* b, int64_t count);
+
+    // The same, and Σ |a_i b_i| to `size`.
+    double (*dot_and_size)(const double* a, const double* b, int64_t count, double* size);
+
+    // y += factor·x
+    void (*add)(double factor, const double* x, double* y, int64_t count);
+
+    // y = A x for a symmetric A.
+    void (*multiply)(const double* a, const double* x, double* y, int64_t size);
+
+    // How many of the keys come before key j in ascending order, equal ones as they stand.
+    int64_t (*place)(const double* keys, int64_t count, int64_t j);
+
+    // A = UᵀU in place: the upper triangle becomes U, row by row, so that the inner loop runs along memory, but for its
+    // diagonal, where 1/U_ii stands. Row i stands at i·stride; the stride is a multiple of 8, and all of a row may be
+    // overwritten. False where a pivot is not over `least`.
+    bool (*factor)(double* a, int64_t size, int64_t stride, double least);
+
+    // x ← A⁻¹x for A = UᵀU.
+    void (*solve)(const double* u, double* x, int64_t size, int64_t stride);
+
+    // Householder's reduction QᵀAQ = T of a symmetric a (m, m) to tridiagonal form, in place: the diagonal stays in
+    // `a`, `off` (m,) receives what is beside it. Q is the product of I - scale·vvᵀ, k from 0 to m - 3, with v in row k
+    // of `reflectors` behind entry k; the scale is 0 where there was nothing to do, the squares' sum being under
+    // `least`. `spare`: (m,).
+    void (*tridiagonalise)(double* a, int64_t m, double least, double* reflectors, double* scales, double* off,
+                           double* spare);
+};
+
 struct Tier {
     const char* name;
+    Dense dense;
 
     // Doubles of scratch that gramian needs for m rows: a vector of sums for each pair.
     int64_t (*scratch_size)(int64_t m);

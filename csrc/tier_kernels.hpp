@@ -12,6 +12,7 @@
 // elements.hpp first: the others are written in its terms.
 #include "combine.hpp"
 #include "convert.hpp"
+#include "dense.hpp"
 #include "gramian.hpp"
 // after gramian.hpp, of whose panels it makes its own
 #include "packed.hpp"
@@ -25,6 +26,8 @@
 #undef INLINE
 
 const Tier kTier = {FASTCONFIG_TIER_NAME,
+                    {dense_dot, dense_dot_and_size, dense_add, dense_multiply, dense_place, dense_factor, dense_solve,
+                     dense_tridiagonalise},
                     gramian_scratch_size,
                     {gramian<Float32>, gramian<Float64>, gramian<BFloat16>, gramian<Float16>},
                     {combine<Float32>, combine<Float64>, combine<BFloat16>, combine<Float16>},

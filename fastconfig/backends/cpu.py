@@ -110,7 +110,12 @@ def _weights(gramian: Tensor, rule: Rule, operand: Tensor | None) -> Tensor:
     m = len(gramian)
     weights = torch.empty(m, dtype=torch.float64, device=gramian.device)
     bad = _core.rule_weights(
-        gramian.data_ptr(), m, native_rule(rule, m), 0 if operand is None else operand.data_ptr(), weights.data_ptr()
+        gramian.data_ptr(),
+        m,
+        native_rule(rule, m),
+        0 if operand is None else operand.data_ptr(),
+        weights.data_ptr(),
+        torch.get_num_threads(),
     )
     if bad != _core.FINITE:
         raise NonFiniteError(bad)

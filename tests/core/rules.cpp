@@ -53,13 +53,15 @@ std::vector<double> gramian_of(int64_t m, int64_t rank, int kind, Random& random
     return gramian;
 }
 
-void test_rule(const Rule& rule, const std::vector<double>& gramian, int64_t m, std::vector<double> operand,
-               bool finite) {
+void test_rule(const Machine& machine, const Rule& rule, const std::vector<double>& gramian, int64_t m,
+               std::vector<double> operand, bool finite) {
     const std::vector<double> before = operand;
     std::vector<double> weights(m, -7.0);
     int64_t bad = Rule::kFinite;
     with_every_allocation_failing(
-        [&] { bad = rule.weights(gramian.data(), m, operand.empty() ? nullptr : operand.data(), weights.data()); },
+        [&] {
+            bad = rule.weights(machine, gramian.data(), m, operand.empty() ? nullptr : operand.data(), weights.data());
+        },
         [&] {
             for (const double weight : weights) CHECK(weight == -7.0, "half of the weights");
             CHECK(operand == before, "what the method remembers has changed");
@@ -68,10 +70,7 @@ void test_rule(const Rule& rule, const std::vector<double>& gramian, int64_t m, 
     for (const double weight : weights) CHECK(!finite || std::isfinite(weight), "a weight that is not finite");
 }
 
-}  // namespace
-
-void test_rules(bool quick) {
-    Random random(2);
+void test_rules_on(const Machine& machine, bool quick, Random& random) {
     for (const int64_t m : quick ? std::vector<int64_t>{1, 3, 12} : std::vector<int64_t>{1, 2, 3, 4, 7, 12, 40})
         for (int kind = 0; kind <= 5; ++kind)
             for (const int64_t rank : {m + 2, m / 2 + 1}) {
@@ -81,9 +80,9 @@ void test_rules(bool quick) {
                     const bool answers = finite || nonfinite == NonFinite::drop;
                     for (const Length length : {Length::projection, Length::minimum, Length::maximum, Length::harmonic,
                                                 Length::arithmetic, Length::geometric, Length::tracked})
-                        test_rule(ConfigRule({}, length, m - 1, 1e-12, nonfinite), gramian, m, {}, answers);
+                        test_rule(machine, ConfigRule({}, length, m - 1, 1e-12, nonfinite), gramian, m, {}, answers);
                     const std::vector<double> preferences(m, 0.5);
-                    test_rule(ConfigRule(preferences, Length::projection, 0, 1e-12, nonfinite), gramian, m, {},
+                    test_rule(machine, ConfigRule(preferences, Length::projection, 0, 1e-12, nonfinite), gramian, m, {},
                               answers);
                     for (const Kind& each : kKinds) {
                         std::vector<double> operand(each.operand < 0 ? m : each.operand * m * m);
@@ -91,12 +90,20 @@ void test_rules(bool quick) {
                             number = each.operand < 0 ? 1.0 / static_cast<double>(m) : random.unit();
                         const NamedMethod* method = method_named(each.name);
                         CHECK(method != nullptr, "%s", each.name);
-                        test_rule(GramianRule(method, each.parameters, {}, nonfinite), gramian, m, operand, answers);
-                        test_rule(GramianRule(method, each.parameters, preferences, nonfinite), gramian, m, operand,
+                        test_rule(machine, GramianRule(method, each.parameters, {}, nonfinite), gramian, m, operand,
                                   answers);
+                        test_rule(machine, GramianRule(method, each.parameters, preferences, nonfinite), gramian, m,
+                                  operand, answers);
                     }
                 }
             }
+}
+
+}  // namespace
+
+void test_rules(bool quick) {
+    Random random(2);
+    for (const Tier* tier : tiers()) test_rules_on({tier->dense, 3}, quick, random);
 }
 
 }  // namespace fastconfig::test
