@@ -4,30 +4,54 @@
 constexpr int64_t kStrip = 512;  // columns whose sums stay in the first-level cache while groups of rows pass
 constexpr int kGroup = 8;        // rows read side by side
 
-// Over R rows, sums = (sums +) Σ c_i g_i. The first group starts the sums; the last rounds them to `out` instead.
-template <class T, int R, bool First, bool Last>
-void add_rows(const void* const* row, const double* c, Columns columns, double* sums, typename T::Element* out) {
+// What the sums of T's elements are formed in.
+template <class T>
+struct InDoubles {
     typedef typename T::Element Element;
+    typedef double Sum;
+    typedef Doubles Sums;
+    static constexpr int kParts = T::kParts;
+    INLINE static Sums load(const Element* p, int part) { return T::load(p, part); }
+    INLINE static void store(Element* p, const Sums* part) { T::store(p, part); }
+};
+
+template <class T>
+struct InSingles {
+    typedef typename T::Element Element;
+    typedef float Sum;
+    typedef Singles Sums;
+    static constexpr int kParts = T::kParts;
+    INLINE static Sums load(const Element* p, int part) { return T::load_single(p, part); }
+    INLINE static void store(Element* p, const Sums* part) { T::store_single(p, part); }
+};
+
+// Over R rows, sums = (sums +) Σ c_i g_i. The first group starts the sums; the last rounds them to `out` instead.
+template <class A, int R, bool First, bool Last>
+void add_rows(const void* const* row, const double* c, Columns columns, typename A::Sum* sums,
+              typename A::Element* out) {
+    typedef typename A::Element Element;
+    typedef typename A::Sums Sums;
+    constexpr int64_t lanes = sizeof(Sums) / sizeof(typename A::Sum), step = A::kParts * lanes;
     const Element* p[R];
-    Doubles scale[R];
+    Sums scale[R];
     for (int i = 0; i < R; ++i) {
         p[i] = static_cast<const Element*>(row[i]) + columns.first;
-        scale[i] = Doubles{} + c[i];
+        scale[i] = Sums{} + static_cast<typename A::Sum>(c[i]);
     }
     const auto add = [&](const Element* const* at, int64_t offset, int64_t k, Element* to) INLINE {
-        Doubles total[T::kParts];
-        for (int part = 0; part < T::kParts; ++part) {
-            total[part] = scale[0] * T::load(at[0] + offset, part);
-            for (int i = 1; i < R; ++i) total[part] += scale[i] * T::load(at[i] + offset, part);
-            if (!First) total[part] += load_raw<Doubles>(sums + k + part * kLanes);
-            if (!Last) store_raw(sums + k + part * kLanes, total[part]);
+        Sums total[A::kParts];
+        for (int part = 0; part < A::kParts; ++part) {
+            total[part] = scale[0] * A::load(at[0] + offset, part);
+            for (int i = 1; i < R; ++i) total[part] += scale[i] * A::load(at[i] + offset, part);
+            if (!First) total[part] += load_raw<Sums>(sums + k + part * lanes);
+            if (!Last) store_raw(sums + k + part * lanes, total[part]);
         }
-        if (Last) T::store(to, total);
+        if (Last) A::store(to, total);
     };
     int64_t k = 0;
-    for (; k + kStep<T> <= columns.count; k += kStep<T>) add(p, k, k, out + k);
+    for (; k + step <= columns.count; k += step) add(p, k, k, out + k);
     if (const int64_t left = columns.count - k; left > 0) {
-        Element tail[R][kStep<T>] = {}, rounded[kStep<T>];
+        Element tail[R][step] = {}, rounded[step];
         const Element* padded[R];
         for (int i = 0; i < R; ++i) {
             __builtin_memcpy(tail[i], p[i] + k, left * sizeof(Element));
@@ -38,29 +62,29 @@ void add_rows(const void* const* row, const double* c, Columns columns, double* 
     }
 }
 
-template <class T, bool First>
-void add_last_rows(const void* const* row, const double* c, int64_t rows, Columns columns, double* sums,
-                   typename T::Element* out) {
+template <class A, bool First>
+void add_last_rows(const void* const* row, const double* c, int64_t rows, Columns columns, typename A::Sum* sums,
+                   typename A::Element* out) {
     switch (rows) {
-        case 1: return add_rows<T, 1, First, true>(row, c, columns, sums, out);
-        case 2: return add_rows<T, 2, First, true>(row, c, columns, sums, out);
-        case 3: return add_rows<T, 3, First, true>(row, c, columns, sums, out);
-        case 4: return add_rows<T, 4, First, true>(row, c, columns, sums, out);
-        case 5: return add_rows<T, 5, First, true>(row, c, columns, sums, out);
-        case 6: return add_rows<T, 6, First, true>(row, c, columns, sums, out);
-        case 7: return add_rows<T, 7, First, true>(row, c, columns, sums, out);
-        default: return add_rows<T, kGroup, First, true>(row, c, columns, sums, out);
+        case 1: return add_rows<A, 1, First, true>(row, c, columns, sums, out);
+        case 2: return add_rows<A, 2, First, true>(row, c, columns, sums, out);
+        case 3: return add_rows<A, 3, First, true>(row, c, columns, sums, out);
+        case 4: return add_rows<A, 4, First, true>(row, c, columns, sums, out);
+        case 5: return add_rows<A, 5, First, true>(row, c, columns, sums, out);
+        case 6: return add_rows<A, 6, First, true>(row, c, columns, sums, out);
+        case 7: return add_rows<A, 7, First, true>(row, c, columns, sums, out);
+        default: return add_rows<A, kGroup, First, true>(row, c, columns, sums, out);
     }
 }
 
-template <class T>
-void combine_strip(const void* const* row, const double* c, int64_t m, Columns columns, typename T::Element* out) {
-    if (m <= kGroup) return add_last_rows<T, true>(row, c, m, columns, nullptr, out);
-    alignas(64) double sums[kStrip];
-    add_rows<T, kGroup, true, false>(row, c, columns, sums, out);
+template <class A>
+void combine_strip(const void* const* row, const double* c, int64_t m, Columns columns, typename A::Element* out) {
+    if (m <= kGroup) return add_last_rows<A, true>(row, c, m, columns, nullptr, out);
+    alignas(64) typename A::Sum sums[kStrip];
+    add_rows<A, kGroup, true, false>(row, c, columns, sums, out);
     int64_t i = kGroup;
-    for (; m - i > kGroup; i += kGroup) add_rows<T, kGroup, false, false>(row + i, c + i, columns, sums, out);
-    add_last_rows<T, false>(row + i, c + i, m - i, columns, sums, out);
+    for (; m - i > kGroup; i += kGroup) add_rows<A, kGroup, false, false>(row + i, c + i, columns, sums, out);
+    add_last_rows<A, false>(row + i, c + i, m - i, columns, sums, out);
 }
 
 // Copies a finished strip past the cache: the output is not read again soon, and a normal store would first fetch every
@@ -108,5 +132,30 @@ void combine(const void* const* row, const double* c, int64_t m, Columns columns
         __builtin_memset(static_cast<Element*>(out) + columns.first, 0, columns.count * sizeof(Element));
         return;
     }
-    by_strips<T>(columns, out, past_cache, [&](Columns strip, Element* to) { combine_strip<T>(row, c, m, strip, to); });
+    by_strips<T>(columns, out, past_cache,
+                 [&](Columns strip, Element* to) { combine_strip<InDoubles<T>>(row, c, m, strip, to); });
+}
+
+// Whether all of a run of 16-bit numbers are finite.
+template <class T>
+inline bool are_finite(const uint16_t* p, int64_t count) {
+    typedef uint16_t Halves __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES)));
+    constexpr int64_t lanes = sizeof(Halves) / sizeof(uint16_t);
+    Halves lost = {};
+    int64_t k = 0;
+    for (; k + lanes <= count; k += lanes) lost |= (Halves)((load_raw<Halves>(p + k) & T::kExponent) == T::kExponent);
+    uint16_t any = 0;
+    for (int64_t lane = 0; lane < lanes; ++lane) any |= lost[lane];
+    for (; k < count; ++k) any |= (p[k] & T::kExponent) == T::kExponent;
+    return any == 0;
+}
+
+// The same of a 16-bit type with sums in float32, where weights and gradients allow it (engine.cpp). Where these leave
+// float32's range, or what they are made of is not finite, the strip shows it, and is formed again in float64.
+template <class T>
+void combine_single(const void* const* row, const double* c, int64_t m, Columns columns, void* out, bool past_cache) {
+    by_strips<T>(columns, out, past_cache, [&](Columns strip, uint16_t* to) {
+        combine_strip<InSingles<T>>(row, c, m, strip, to);
+        if (!are_finite<T>(to, strip.count)) combine_strip<InDoubles<T>>(row, c, m, strip, to);
+    });
 }

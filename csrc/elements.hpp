@@ -8,6 +8,13 @@ constexpr int kLanes = FASTCONFIG_VECTOR_BYTES / 8;
 typedef double Doubles __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES)));
 typedef float Floats __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES / 2)));
 typedef uint32_t Words __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES / 2)));
+typedef float Singles __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES)));  // a whole vector of them
+
+// The words of as many floats.
+template <class F>
+struct WordsOf {
+    typedef uint32_t Type __attribute__((vector_size(sizeof(F))));
+};
 
 template <class V>
 inline V load_raw(const void* source) {
@@ -60,10 +67,14 @@ INLINE inline V root(V v) {
     return v;
 }
 
-INLINE inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
+template <class W>
+INLINE inline W select(W mask, W yes, W no) {
+    return (mask & yes) | (~mask & no);
+}
 
 // A step is kStep neighbouring elements, read and written as kParts vectors of doubles. Which element goes to which
-// part is the type's own affair: sums over columns do not care, and store undoes what load did.
+// part is the type's own affair: sums over columns do not care, and store undoes what load did. 16-bit types can also
+// be read and written as vectors of float32: as many parts of twice as many elements.
 
 struct Float32 {
     typedef float Element;
@@ -90,26 +101,34 @@ struct Float64 {
 struct BFloat16 {
     typedef uint16_t Element;
     static constexpr int kParts = 2;
-    INLINE static Doubles load(const uint16_t* p, int part) {
-        const Words pair = load_raw<Words>(p);
-        return widen(bits<Floats>(part == 0 ? pair << 16 : pair & 0xffff0000u));
-    }
-    INLINE static void store(uint16_t* p, const Doubles* part) {
-        store_raw(p, rounded(part[0]) >> 16 | (rounded(part[1]) & 0xffff0000u));
-    }
+    static constexpr uint16_t kExponent = 0x7f80;
+    INLINE static Doubles load(const uint16_t* p, int part) { return widen(floats<Floats>(p, part)); }
+    INLINE static void store(uint16_t* p, const Doubles* part) { put(p, narrow(part[0]), narrow(part[1])); }
+    INLINE static Singles load_single(const uint16_t* p, int part) { return floats<Singles>(p, part); }
+    INLINE static void store_single(uint16_t* p, const Singles* part) { put(p, part[0], part[1]); }
 
  private:
-    // To nearest even in the float's upper half. A NaN is not rounded, or its mantissa might overflow; narrowing has
+    template <class F>
+    INLINE static F floats(const uint16_t* p, int part) {
+        const auto pair = load_raw<typename WordsOf<F>::Type>(p);
+        return bits<F>(part == 0 ? pair << 16 : pair & 0xffff0000u);
+    }
+    template <class F>
+    INLINE static void put(uint16_t* p, F even, F odd) {
+        store_raw(p, rounded(even) >> 16 | (rounded(odd) & 0xffff0000u));
+    }
+    // To nearest even in the float's upper half. A NaN is not rounded, or its mantissa might overflow; arithmetic has
     // made it quiet, so it survives losing its lower half.
-    INLINE static Words rounded(Doubles v) {
-        const Floats f = narrow(v);
-        const Words w = bits<Words>(f);
-        return w + ((0x7fff + ((w >> 16) & 1)) & bits<Words>(f == f));
+    template <class F>
+    INLINE static typename WordsOf<F>::Type rounded(F f) {
+        const auto w = bits<typename WordsOf<F>::Type>(f);
+        return w + ((0x7fff + ((w >> 16) & 1)) & bits<typename WordsOf<F>::Type>(f == f));
     }
 };
 
 struct Float16 {
     typedef uint16_t Element;
+    static constexpr uint16_t kExponent = 0x7c00;
 #if FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 64
     static constexpr int kParts = 1;
     INLINE static Doubles load(const uint16_t* p, int) {
@@ -117,6 +136,12 @@ struct Float16 {
     }
     INLINE static void store(uint16_t* p, const Doubles* part) {
         _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)narrow(part[0]), _MM_FROUND_TO_NEAREST_INT));
+    }
+    INLINE static Singles load_single(const uint16_t* p, int) {
+        return (Singles)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+    }
+    INLINE static void store_single(uint16_t* p, const Singles* part) {
+        _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)part[0], _MM_FROUND_TO_NEAREST_INT));
     }
 #elif FASTCONFIG_X86 && FASTCONFIG_VECTOR_BYTES == 32
     static constexpr int kParts = 1;
@@ -126,36 +151,48 @@ struct Float16 {
     INLINE static void store(uint16_t* p, const Doubles* part) {
         _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)narrow(part[0]), _MM_FROUND_TO_NEAREST_INT));
     }
+    INLINE static Singles load_single(const uint16_t* p, int) {
+        return (Singles)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    }
+    INLINE static void store_single(uint16_t* p, const Singles* part) {
+        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)part[0], _MM_FROUND_TO_NEAREST_INT));
+    }
 #else
     // Even and odd elements, as BFloat16's.
     static constexpr int kParts = 2;
-    INLINE static Doubles load(const uint16_t* p, int part) {
-        const Words pair = load_raw<Words>(p);
-        return widen(floats(part == 0 ? pair & 0xffff : pair >> 16));
-    }
-    INLINE static void store(uint16_t* p, const Doubles* part) {
-        store_raw(p, rounded(part[0]) | rounded(part[1]) << 16);
-    }
+    INLINE static Doubles load(const uint16_t* p, int part) { return widen(floats<Floats>(p, part)); }
+    INLINE static void store(uint16_t* p, const Doubles* part) { put(p, narrow(part[0]), narrow(part[1])); }
+    INLINE static Singles load_single(const uint16_t* p, int part) { return floats<Singles>(p, part); }
+    INLINE static void store_single(uint16_t* p, const Singles* part) { put(p, part[0], part[1]); }
 
  private:
+    template <class F>
+    INLINE static void put(uint16_t* p, F even, F odd) {
+        store_raw(p, rounded(even) | rounded(odd) << 16);
+    }
     // Exponent and mantissa move to the float's place, and a multiplication by 2^112 rebiases the exponent, subnormals
     // included. Inf and NaN, whose product is 2^16 or more, get the float's largest exponent.
-    INLINE static Floats floats(Words h) {
-        const Floats magnitude = bits<Floats>((h & 0x7fff) << 13) * 0x1p112f;
-        const Words special = bits<Words>(magnitude >= 65536.0f) & 0x7f800000;
-        return bits<Floats>(bits<Words>(magnitude) | special | (h & 0x8000) << 16);
+    template <class F>
+    INLINE static F floats(const uint16_t* p, int part) {
+        typedef typename WordsOf<F>::Type W;
+        const W pair = load_raw<W>(p), h = part == 0 ? pair & 0xffff : pair >> 16;
+        const F magnitude = bits<F>((h & 0x7fff) << 13) * 0x1p112f;
+        const W special = bits<W>(magnitude >= 65536.0f) & 0x7f800000;
+        return bits<F>(bits<W>(magnitude) | special | (h & 0x8000) << 16);
     }
     // Normal results: rebias the exponent and round the mantissa to nearest even by integer arithmetic, whose carry
     // runs into the exponent as it should. Subnormal results: adding 0.5, whose last bit is worth 2^-24, rounds by
     // itself.
-    INLINE static Words rounded(Doubles v) {
-        const Words w = bits<Words>(narrow(v));
-        const Words magnitude = w & 0x7fffffff;
-        const Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-        const Words subnormal = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
-        Words half = select(bits<Words>(magnitude < 0x38800000u), subnormal, normal);
-        half = select(bits<Words>(magnitude >= 0x47800000u), Words{} + 0x7c00u, half);
-        half = select(bits<Words>(magnitude > 0x7f800000u), Words{} + 0x7e00u, half);
+    template <class F>
+    INLINE static typename WordsOf<F>::Type rounded(F f) {
+        typedef typename WordsOf<F>::Type W;
+        const W w = bits<W>(f);
+        const W magnitude = w & 0x7fffffff;
+        const W normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+        const W subnormal = bits<W>(bits<F>(magnitude) + 0.5f) - 0x3f000000u;
+        W half = select(bits<W>(magnitude < 0x38800000u), subnormal, normal);
+        half = select(bits<W>(magnitude >= 0x47800000u), W{} + 0x7c00u, half);
+        half = select(bits<W>(magnitude > 0x7f800000u), W{} + 0x7e00u, half);
         return half | (w >> 16 & 0x8000);
     }
 #endif

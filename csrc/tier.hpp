@@ -115,6 +115,11 @@ struct Tier {
     void (*combine[kDTypes])(const void* const* row, const double* c, int64_t m, Columns columns, void* out,
                              bool stream);
 
+    // The same for a 16-bit type with sums in float32, else null; m ≥ 1, no weight's magnitude under 2⁻¹²⁶ or beyond
+    // 2¹²⁷.
+    void (*combine_single[kDTypes])(const void* const* row, const double* c, int64_t m, Columns columns, void* out,
+                                    bool stream);
+
     // out[columns] = Σ (leak_i + (1 - leak_i) kept_i) g_i, kept_i being 1 for the elements of the sign that was drawn,
     // else 0; `leak` null for zeros. Accumulated and rounded as combine does.
     void (*graddrop[kDTypes])(const void* const* row, const double* leak, int64_t m, Columns columns, Draw draw,

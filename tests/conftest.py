@@ -14,6 +14,9 @@ from collections import Counter
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Before a GPU's first matrix product, which PyTorch else refuses while fresh memory is filled (poisoned_memory).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# PyTorch keeps compiled graphs on disk for all processes, and 2.13 takes one of `grads` and `out` that overlap for one
+# where they do not: a test would fail by what another has left there.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import pytest
 import torch

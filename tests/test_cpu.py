@@ -146,6 +146,58 @@ def test_ill_conditioned_gramians(m: int, condition: float) -> None:
     )
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def exact_combination(grads: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ c_i g_i and Σ |c_i g_i| in float64."""
+    terms = grads.double() * weights.unsqueeze(1)
+    return terms.sum(0), terms.abs().sum(0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(2, 1), (2, 37), (3, 1000), (8, 515), (9, 1023), (40, 2051), (100, 700)])
+def test_sixteen_bits_are_combined_within_float32s_bound(tier: str, m: int, n: int, dtype: torch.dtype) -> None:
+    grads = torch.randn(m, n, generator=torch.Generator().manual_seed(m)).to(dtype)
+    exact, terms = exact_combination(grads, fc.ConFIG().weights(fc.gramian(grads, backend="cpu")))
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    error = (fc.combine(grads, backend="cpu").double() - exact).abs()
+    assert (error <= rounding + (m + 1) * 2.0**-24 * terms).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_cancels_in_sixteen_bits_is_summed_in_float64(tier: str, dtype: torch.dtype) -> None:
+    """Nearly opposed: the terms are 1e3 to 1e4 times the result, whose digits float32 would lose."""
+    torch.manual_seed(0)
+    common, other = torch.randn(1000), torch.randn(1000)
+    grads = torch.stack([common, -common + 2e-3 * other]).to(dtype)
+    exact, terms = exact_combination(grads, fc.ConFIG().weights(fc.gramian(grads, backend="cpu")))
+    assert float(terms.norm()) > 100 * float(exact.norm())
+    assert torch.equal(fc.combine(grads, backend="cpu"), exact.to(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("m", [3, 11])
+def test_sums_beyond_float32_of_sixteen_bits(tier: str, m: int) -> None:
+    """Partial sums leave float32's range and come back; one strip of them must not hide another's infinity."""
+    grads = torch.full((m, 1500), 3e38, dtype=torch.bfloat16)
+    grads[m // 2 + 1 :] *= -1
+    wanted = (grads[0].double() * (2 * (m // 2 + 1) - m)).to(torch.bfloat16)
+    assert torch.equal(fc.combine(grads, fc.Sum(), backend="cpu"), wanted)
+    half = torch.full((2, 1500), 60000.0, dtype=torch.float16)
+    half[:, 700] = 1.0
+    got = fc.combine(half, fc.Sum(), backend="cpu")
+    assert got[700] == 2.0
+    assert got.isinf().sum() == 1499
+
+
+@pytest.mark.parametrize("weight", [3.3e-45, 1e40])
+def test_weights_beyond_float32_of_sixteen_bits(tier: str, weight: float) -> None:
+    grads = torch.tensor([[1e30, -3.0, 7e-30, 0.0], [2e30, 5.0, 1e-30, 1.0]]).to(torch.bfloat16)
+    exact, _ = exact_combination(grads, torch.tensor([weight, 2 * weight], dtype=torch.float64))
+    got = fc.combine(grads, fc.Constant([weight, 2 * weight]), backend="cpu")
+    assert torch.equal(got, exact.to(torch.float32).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("m", "n"), [(3, 1000), (3, 200_001), (9, 100_003), (40, 50_021)])
 def test_same_bits_for_any_number_of_threads(tier: str, m: int, n: int, dtype: torch.dtype) -> None:

@@ -32,11 +32,9 @@ void test_gramian(const Engine& engine, const Matrix& grads) {
         }
 }
 
-void test_combination(const Engine& engine, const Matrix& grads, Random& random) {
-    std::vector<double> weights(grads.m);
-    for (double& weight : weights) weight = random.below(4) ? random.unit() - 0.5 : 0.0;
-    Matrix out(1, grads.n, grads.dtype, random.below(5), random);
-    engine.apply(grads.rows(), weights.data(), out.row(0));
+// `slack`: what may be off besides, relative to the terms' size.
+void check_combination(const Engine& engine, const Matrix& grads, const std::vector<double>& weights, const Matrix& out,
+                       double slack) {
     for (int64_t k = 0; k < grads.n; ++k) {
         long double exact = 0, size = 0;
         for (int64_t i = 0; i < grads.m; ++i) {
@@ -44,10 +42,23 @@ void test_combination(const Engine& engine, const Matrix& grads, Random& random)
             size += std::fabs(weights[i] * grads.at(i, k));
         }
         CHECK(std::fabs(out.at(0, k) - static_cast<double>(exact)) <=
-                  rounding(grads.dtype, grads.m, static_cast<double>(size)),
+                  rounding(grads.dtype, grads.m, static_cast<double>(size)) + slack * static_cast<double>(size),
               "%s m=%lld n=%lld k=%lld: %g, not %g", engine.tier->name, static_cast<long long>(grads.m),
               static_cast<long long>(grads.n), static_cast<long long>(k), out.at(0, k), static_cast<double>(exact));
     }
+}
+
+void test_combination(const Engine& engine, const Matrix& grads, Random& random) {
+    std::vector<double> weights(grads.m);
+    for (double& weight : weights) weight = random.below(4) ? random.unit() - 0.5 : 0.0;
+    Matrix out(1, grads.n, grads.dtype, random.below(5), random);
+    engine.apply(grads.rows(), weights.data(), out.row(0));
+    check_combination(engine, grads, weights, out, 0.0);
+    const auto single = engine.tier->combine_single[static_cast<int>(grads.dtype)];
+    if (!single) return;
+    Matrix other(1, grads.n, grads.dtype, random.below(5), random);
+    single(grads.rows().row, weights.data(), grads.m, {0, grads.n}, other.row(0), random.below(2) == 1);
+    check_combination(engine, grads, weights, other, static_cast<double>(grads.m + 1) * 0x1p-24);
 }
 
 void test_graddrop(const Engine& engine, const Matrix& grads, Random& random) {
