@@ -160,7 +160,8 @@ def exact_combination(grads: torch.Tensor, weights: torch.Tensor) -> tuple[torch
 def test_sixteen_bits_are_combined_within_float32s_bound(tier: str, m: int, n: int, dtype: torch.dtype) -> None:
     grads = torch.randn(m, n, generator=torch.Generator().manual_seed(m)).to(dtype)
     exact, terms = exact_combination(grads, fc.ConFIG().weights(fc.gramian(grads, backend="cpu")))
-    rounding = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    info = torch.finfo(dtype)
+    rounding = info.eps / 2 * (exact.abs() + info.smallest_normal)
     error = (fc.combine(grads, backend="cpu").double() - exact).abs()
     assert (error <= rounding + (m + 1) * 2.0**-24 * terms).all()
 

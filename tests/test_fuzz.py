@@ -48,7 +48,9 @@ def fewer(divisor: int) -> settings:
 
 @st.composite
 def shapes(draw) -> tuple[int, int]:
-    """(m, n): tails of every vector, and some that have whole ones."""
+    """(m, n): tails of every vector, and some that have whole ones; at times as many rows as the core packs."""
+    if draw(st.integers(0, 15)) == 7:
+        return draw(st.integers(30, 45)), draw(st.integers(0, 40) | st.integers(90, 110))
     return draw(st.integers(1, 9) | st.integers(10, 21)), draw(st.integers(0, 70) | st.integers(500, 600))
 
 
@@ -189,10 +191,17 @@ def test_combinations(tier, strand, shape, dtype, seed, special, scale):
     grads = laid_out(rng, values)
     before = bits(values).clone()
     block, out = guarded(rng, n, dtype)
-    assert fc.combine(grads, Given(weights), out=out, backend="cpu") is out
+    # In one call of the core, which may then sum 16-bit rows in float32, or in a call for each pass.
+    # (Squared norms of float64 rows may leave float64, and such a row has no weight.)
+    whole = rng.random() < 0.5 and dtype != torch.float64 and bool(weights.any())
+    method = fc.Constant(weights.tolist(), nonfinite="drop") if whole else Given(weights)
+    assert fc.combine(grads, method, out=out, backend="cpu") is out
     assert torch.equal(before, bits(values))
     assert_only_inside(block, out)
     used = weights.numpy() != 0.0  # a row of weight 0 is not read
+    if whole:
+        used &= fc.gramian(grads, backend="cpu").diagonal().isfinite().numpy()
+    slack = (m + 1) * np.longdouble(2) ** -24 if whole and dtype.itemsize == 2 else 0
     exact, c = extended(values)[used], weights.numpy()[used].astype(np.longdouble)
     wanted, size = sum_of_products(exact.T, c)
     got = extended(out)
@@ -203,7 +212,7 @@ def test_combinations(tier, strand, shape, dtype, seed, special, scale):
     overflows = (size > 0.99 * LARGEST[torch.float64]) | (np.abs(wanted) > info.max * (1 - info.eps))
     sure = ~unreadable & ~overflows
     rounding = 0.502 * info.eps * np.abs(wanted) + np.longdouble(info.smallest_normal) * info.eps
-    allowed = rounding + (m + 3) * np.longdouble(2) ** -53 * size + m * np.longdouble(2) ** -1074
+    allowed = rounding + ((m + 3) * np.longdouble(2) ** -53 + slack) * size + m * np.longdouble(2) ** -1074
     assert (np.abs(got - wanted)[sure] <= allowed[sure]).all()
     beyond = ~unreadable & (np.abs(wanted) > 1.01 * info.max) & (size < LARGEST[torch.float64])
     assert np.isinf(got[beyond]).all()
