@@ -103,7 +103,7 @@ class Allowed:
         self._gradient, self._f, self._f_error, self._root = decision.gradient, f, f_error, root
         self._relative = 2.5 * info.eps + 16 * WORK + torch.where(v > 0, self.second / (2 * v), 0.0)
 
-    def update(self, columns: slice, eps: float) -> Tensor:
+    def update(self, columns: Tensor | slice, eps: Tensor | float) -> Tensor:
         """Of ĝ/(√v̂ + ε), where the numerator, v̂ (twice), its root, ε and the sum, and the quotient are rounded."""
         beside = self._gradient / (self._root[columns] + eps)
         return self._f[columns].abs() * beside * self._relative[columns] + self._f_error[columns] * beside
@@ -123,15 +123,22 @@ def assert_step_agrees(
         if group == GAP:
             columns = slice(start, start + count)
             assert torch.equal(bits(got.moments.second[columns]), bits(second[columns]))
-    for piece, other in zip(got.pieces, wanted.pieces, strict=True):
-        group = GROUPS[piece.group]
-        error = allowed.update(slice(piece.first, piece.first + len(piece.values)), group.eps) * decision.clip
-        if not group.assign:
-            error = error * float(group.lr)
-        value = other.values.double()
-        assert value.isfinite().all()
-        error = error + unit(value, case.dtype) + 16 * WORK * value.abs().max() if len(value) else error
-        assert (piece.values.double() - value).abs().le(error).all()
+    columns, value, eps, rate = parameters_of(wanted)
+    assert value.isfinite().all()
+    terms = value.abs() + torch.cat(before[2:]).double().abs()
+    error = allowed.update(columns, eps) * decision.clip * rate + unit(value, case.dtype) + 16 * WORK * terms
+    assert (parameters_of(got)[1] - value).abs().le(error).all()
+
+
+def parameters_of(built: Built) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of all pieces in a row: their columns, values in float64, ε, and learning rate (1 where the update is assigned)."""
+    counts = torch.tensor([len(piece.values) for piece in built.pieces])
+    groups = [GROUPS[piece.group] for piece in built.pieces]
+    columns = torch.cat([torch.arange(piece.first, piece.first + len(piece.values)) for piece in built.pieces])
+    eps = torch.tensor([group.eps for group in groups], dtype=torch.float64)
+    rate = torch.tensor([1.0 if group.assign else float(group.lr) for group in groups], dtype=torch.float64)
+    values = torch.cat([piece.values for piece in built.pieces]).double()
+    return columns, values, eps.repeat_interleave(counts), rate.repeat_interleave(counts)
 
 
 # The passes one by one
@@ -212,28 +219,17 @@ def test_update_square_equals_the_reference_and_writes_nothing(tier, m, state, d
             got.arena.assert_rest_untouched()
             wanted.segment.update(wanted.recorded, RULE, decision)
             allowed = Allowed(case, before[0], wanted.moments.first, before[1], decision, 0.0)
-            error = torch.zeros(())
-            for piece in wanted.pieces:
-                of_each = allowed.update(columns_of(piece), eps_of(piece))
-                error = error + (2 * update_of(wanted, decision, piece).abs() * of_each).sum()
+            columns, _, eps, _ = parameters_of(wanted)
+            error = (2 * update_of(wanted, decision, columns, eps).abs() * allowed.update(columns, eps)).sum()
             assert (squares[0] - squares[1]).abs() <= 1.01 * error + 1e-12 * squares[1]
             assert squares[1] > 0
 
 
-def columns_of(piece) -> slice:
-    return slice(piece.first, piece.first + len(piece.values))
-
-
-def eps_of(piece) -> float:
-    return GROUPS[piece.group].eps
-
-
-def update_of(built, decision, piece) -> Tensor:
+def update_of(built: Built, decision: Decision, columns: Tensor | slice, eps: Tensor | float) -> Tensor:
     """The update in float64, from what the step wrote, ``clip`` left out."""
-    columns = columns_of(piece)
     f = decision.forward @ built.moments.first[:, columns].double().nan_to_num()
     root = (built.moments.second[columns].double() * decision.second).sqrt()
-    return f * decision.gradient / (root + eps_of(piece))
+    return f * decision.gradient / (root + eps)
 
 
 @each_dtype
@@ -247,12 +243,13 @@ def test_parameters_are_rounded_to_nearest(tier, state, dtype):
     allowed = Allowed(case, before[0], got.moments.first, before[1], decision, 0.0)
     for piece, then in zip(got.pieces, before[2:], strict=True):
         group, lr = GROUPS[piece.group], float(GROUPS[piece.group].lr)
-        step = update_of(got, decision, piece) * decision.clip
+        columns = slice(piece.first, piece.first + len(piece.values))
+        step = update_of(got, decision, columns, group.eps) * decision.clip
         exact = then.double() * (1 - lr * group.weight_decay) + (lr if group.maximize else -lr) * step
         exact, lr = (step, 1.0) if group.assign else (exact, lr)
         exponent = torch.frexp(exact).exponent.clamp(min=math.frexp(torch.finfo(dtype).smallest_normal)[1])
         half = torch.finfo(dtype).eps / 4 * 2.0 ** exponent.double()
-        slack = lr * decision.clip * allowed.update(columns_of(piece), group.eps) + 16 * WORK * exact.abs()
+        slack = lr * decision.clip * allowed.update(columns, group.eps) + 16 * WORK * exact.abs()
         by_float32 = exact.abs() * 2.0**-24
         assert (piece.values.double() - exact).abs().le(half + by_float32 + slack).all()
 
