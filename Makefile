@@ -20,15 +20,16 @@ TRITONS := FASTCONFIG_OLDEST_TRITON=$(OLDEST_TRITON) FASTCONFIG_NEWEST_TRITON=$(
 # The tests of the kernels; the emulator of tests/ptx runs them as they are compiled for an NVIDIA GPU.
 OF_KERNELS := tests/ptx tests/test_triton.py tests/test_two_float.py tests/test_triton_rules.py \
   tests/test_momentum_triton.py tests/test_graddrop.py
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 .PHONY: demo test bench gpu ptx kernels matrix sanitize fuzz lint format clean
 
 demo: $(SHOWN)
 	$(BIN)/fastconfig demo burgers
 
+# Each test of a kernel once: those marked `emulated` as the kernel compiles, the others by Triton's interpreter.
 test: $(DEVELOPED) $(OLDEST_TRITON) $(NEWEST_TRITON)
-	$(TRITONS) FASTCONFIG_TRITON=$(NEWEST_TRITON) $(PYTEST)
+	$(TRITONS) FASTCONFIG_TRITON=$(NEWEST_TRITON) $(PYTEST) -m 'not emulated'
 	FASTCONFIG_EMULATE=sm_90 FASTCONFIG_TRITON=$(NEWEST_TRITON) $(PYTEST) -m emulated $(OF_KERNELS)
 
 bench: $(DEVELOPED)

@@ -131,7 +131,7 @@ def assert_step_agrees(
 
 
 def parameters_of(built: Built) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of all pieces in a row: their columns, values in float64, ε, and learning rate (1 where the update is assigned)."""
+    """Of all pieces in a row: columns, values in float64, ε, and learning rate (1 where the update is assigned)."""
     counts = torch.tensor([len(piece.values) for piece in built.pieces])
     groups = [GROUPS[piece.group] for piece in built.pieces]
     columns = torch.cat([torch.arange(piece.first, piece.first + len(piece.values)) for piece in built.pieces])
