@@ -33,7 +33,10 @@ struct Machine {
         constexpr int64_t kSerial = 1 << 13;  // multiply-adds in which a second thread is not yet awake
         const int team =
             operations < kSerial ? 1 : threads_after_fork(static_cast<int>(std::min<int64_t>(count, threads)));
-        if (team <= 1) return work(int64_t{0}, count);
+        if (team <= 1) {
+            const KeepSubnormals keep;
+            return work(int64_t{0}, count);
+        }
         std::exception_ptr failure;
 #pragma omp parallel num_threads(team)
         {

@@ -55,9 +55,8 @@ void Spectrum::implicit_ql(double* off) {
                     off[end] = 0.0;
                     break;
                 }
-                const double scale = 1.0 / r;
-                s = f * scale;
-                c = g * scale;
+                s = f / r;
+                c = g / r;
                 g = diagonal[i + 1] - shift;
                 r = (diagonal[i] - g) * s + 2.0 * c * b;
                 shift = s * r;
