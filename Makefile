@@ -20,7 +20,7 @@ TRITONS := FASTCONFIG_OLDEST_TRITON=$(OLDEST_TRITON) FASTCONFIG_NEWEST_TRITON=$(
 # The tests of the kernels; the emulator of tests/ptx runs them as they are compiled for an NVIDIA GPU.
 OF_KERNELS := tests/ptx tests/test_triton.py tests/test_two_float.py tests/test_triton_rules.py \
   tests/test_momentum_triton.py tests/test_graddrop.py
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto
 
 .PHONY: demo test bench gpu ptx kernels matrix sanitize fuzz lint format clean
 
