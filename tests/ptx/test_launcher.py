@@ -61,7 +61,8 @@ class Recorder:
         return self.library.recorded_modules()
 
 
-@pytest.fixture(scope="module")
+# For the whole process: Triton loads the first libcuda that it is shown, and records nothing in a second one.
+@pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, Path]:
     folder = tmp_path_factory.mktemp("libcuda")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -73,7 +74,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, Path
     return ctypes.CDLL(str(built), mode=ctypes.RTLD_GLOBAL), folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nvidia(library: tuple[ctypes.CDLL, Path]):
     """Triton's driver for NVIDIA, as far as the library; for as long as there are kernels that it loaded."""
     from triton.backends.nvidia.driver import CudaDriver
