@@ -27,7 +27,6 @@ class Bargain {
         for (int64_t i = 0; i < size_; ++i) x[i] = std::pow(q_[i], 1.0 / (1.0 + beta_));  // the answer for C = 1
         std::vector<double> along(size_), wanted(size_), step(size_), best;
         Factor hessian(size_);
-        hessian.resize(size_);
         evaluate(x, along, wanted);
         double least = std::numeric_limits<double>::infinity();
         for (int turn = 0, idle = 0; turn < kMostSteps; ++turn) {

@@ -24,9 +24,9 @@ constexpr int64_t kSerialElements = 1 << 17;
 constexpr int64_t kApart = 16;
 
 // Columns of one block. Blocks depend on m and n alone, never on threads, and their sums are added in block order: the
-// bits are the same for any number of threads. Where several threads take part there are sixteen or more blocks, so
-// that they end at about the same time, but none of under 64·m columns, so that the blocks' partial Gramians stay under
-// 1/32 of the rows; and all are a multiple of 512, so that a vector aligned in one is aligned in all.
+// bits are the same for any number of threads. Where several threads take part there are about sixteen or more, so that
+// threads end at about the same time. But none has under 64·m columns, so that the blocks' partial Gramians stay under
+// 1/32 of the rows; and all have a multiple of 512, so that a vector aligned in one is aligned in all.
 constexpr int64_t kMostBlockColumns = 1 << 14;
 constexpr int64_t kLeastBlockColumns = 512;
 

@@ -4,25 +4,25 @@
 constexpr int64_t kStrip = 512;  // columns whose sums stay in the first-level cache while groups of rows pass
 constexpr int kGroup = 8;        // rows read side by side
 
-// What the sums of T's elements are formed in.
-template <class T>
-struct InDoubles {
+// T's elements, summed in float64 or, of 16 bits, in float32.
+template <class T, class Float>
+struct SummedIn {
     typedef typename T::Element Element;
-    typedef double Sum;
-    typedef Doubles Sums;
+    typedef Float Sum;
+    typedef Float Sums __attribute__((vector_size(FASTCONFIG_VECTOR_BYTES)));
     static constexpr int kParts = T::kParts;
-    INLINE static Sums load(const Element* p, int part) { return T::load(p, part); }
-    INLINE static void store(Element* p, const Sums* part) { T::store(p, part); }
-};
-
-template <class T>
-struct InSingles {
-    typedef typename T::Element Element;
-    typedef float Sum;
-    typedef Singles Sums;
-    static constexpr int kParts = T::kParts;
-    INLINE static Sums load(const Element* p, int part) { return T::load_single(p, part); }
-    INLINE static void store(Element* p, const Sums* part) { T::store_single(p, part); }
+    INLINE static Sums load(const Element* p, int part) {
+        if constexpr (sizeof(Float) == sizeof(double))
+            return T::load(p, part);
+        else
+            return T::load_single(p, part);
+    }
+    INLINE static void store(Element* p, const Sums* part) {
+        if constexpr (sizeof(Float) == sizeof(double))
+            T::store(p, part);
+        else
+            T::store_single(p, part);
+    }
 };
 
 // Over R rows, sums = (sums +) Σ c_i g_i. The first group starts the sums; the last rounds them to `out` instead.
@@ -133,7 +133,7 @@ void combine(const void* const* row, const double* c, int64_t m, Columns columns
         return;
     }
     by_strips<T>(columns, out, past_cache,
-                 [&](Columns strip, Element* to) { combine_strip<InDoubles<T>>(row, c, m, strip, to); });
+                 [&](Columns strip, Element* to) { combine_strip<SummedIn<T, double>>(row, c, m, strip, to); });
 }
 
 // Whether all of a run of 16-bit numbers are finite.
@@ -155,7 +155,7 @@ inline bool are_finite(const uint16_t* p, int64_t count) {
 template <class T>
 void combine_single(const void* const* row, const double* c, int64_t m, Columns columns, void* out, bool past_cache) {
     by_strips<T>(columns, out, past_cache, [&](Columns strip, uint16_t* to) {
-        combine_strip<InSingles<T>>(row, c, m, strip, to);
-        if (!are_finite<T>(to, strip.count)) combine_strip<InDoubles<T>>(row, c, m, strip, to);
+        combine_strip<SummedIn<T, float>>(row, c, m, strip, to);
+        if (!are_finite<T>(to, strip.count)) combine_strip<SummedIn<T, double>>(row, c, m, strip, to);
     });
 }

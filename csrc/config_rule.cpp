@@ -47,7 +47,6 @@ Active active_rows(const double* gramian, int64_t m, const std::vector<double>& 
 bool solve_regular(const Machine& machine, const Active& active, double rtol, std::vector<double>& solution) {
     const int64_t k = active.size();
     Factor u(k);
-    u.resize(k);
     for (int64_t i = 0; i < k; ++i) std::copy_n(&active.unit[i * k], k, u.row(i));
     // Every pivot is at least λ_min.
     if (!u.factor(machine, std::max(rtol * k, std::numeric_limits<double>::epsilon() * k))) return false;

@@ -64,8 +64,7 @@ bool is_streamed(const Rows& rows) { return rows.n * size_of(rows.dtype) >= kStr
 void apply_used(const Engine& engine, const Rows& rows, const Used& used, bool in_float32, void* out) {
     const Blocks blocks(rows.m, rows.n);
     const int dtype = static_cast<int>(rows.dtype);
-    const auto single = engine.tier->combine_single[dtype];
-    const auto kernel = in_float32 && single && used.size() > 0 ? single : engine.tier->combine[dtype];
+    const auto kernel = (in_float32 ? engine.tier->combine_single : engine.tier->combine)[dtype];
     for_each_block(blocks.count(), threads_for(blocks, rows.m * rows.n, engine.threads), true,
                    [&](int64_t block, int64_t) {
                        kernel(used.row.data(), used.weight.data(), used.size(), blocks[block], out, is_streamed(rows));
@@ -110,7 +109,9 @@ int64_t Engine::combine(const Rows& rows, const Rule& rule, double* operand, voi
     const int64_t bad = rule.weights({tier->dense, threads}, gramian, rows.m, operand, weights);
     if (bad != Rule::kFinite) return bad;
     used.choose(rows, weights);
-    apply_used(*this, rows, used, float32_will_do(gramian, weights, rows.m), out);
+    const bool in_float32 = tier->combine_single[static_cast<int>(rows.dtype)] && used.size() > 0 &&
+                            float32_will_do(gramian, weights, rows.m);
+    apply_used(*this, rows, used, in_float32, out);
     return bad;
 }
 

@@ -63,14 +63,15 @@ class Factor {
     static int64_t stride_of(int64_t size) { return (size + kWhole - 1) / kWhole * kWhole; }
 
  public:
-    explicit Factor(int64_t most) : memory_(most * stride_of(most) + kWhole) {
+    explicit Factor(int64_t size) : memory_(size * stride_of(size) + kWhole) {
+        resize(size);
         const uintptr_t line = kWhole * sizeof(double), address = reinterpret_cast<uintptr_t>(memory_.data());
         entries_ = reinterpret_cast<double*>((address + line - 1) / line * line);
     }
     Factor(const Factor&) = delete;
     Factor& operator=(const Factor&) = delete;
 
-    // Makes it a matrix of that size, at most the one it was made for, with entries of no meaning.
+    // Entries have no meaning then. At most the size that it was made for.
     void resize(int64_t size) { size_ = size, stride_ = stride_of(size); }
 
     // Row i; what is set must be the entries from the diagonal on.

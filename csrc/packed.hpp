@@ -8,7 +8,8 @@
 #if FASTCONFIG_VECTOR_BYTES == 64
 
 constexpr int64_t kPackedBytes = 32 << 10;   // of a panel, which shares the first-level cache with its rows and sums
-constexpr int64_t kLeastPackedColumns = 48;  // else a tile's beginning and end outweigh it
+constexpr int64_t kLeastPackedColumns = 64;  // else a tile's beginning and end outweigh it
+constexpr int64_t kColumnsBeyond = 96;       // of a panel that lies in the second-level cache instead
 constexpr int64_t kMostVectors = 5;          // of rows in a tile: with 4 others 20 sums, 5 + 1 registers beside them
 
 inline int64_t packed_vectors(int64_t m) { return (m + kLanes - 1) / kLanes; }
@@ -18,10 +19,10 @@ inline int64_t packed_stride(int64_t m) { return packed_vectors(m) * kLanes; }
 
 inline int64_t packed_columns(int64_t m) {
     const int64_t columns = kPackedBytes / (packed_stride(m) * sizeof(double)) / 16 * 16;
-    return columns < kLeastPackedColumns ? kLeastPackedColumns : columns;
+    return columns < kLeastPackedColumns ? kColumnsBeyond : columns;
 }
 
-// The elements I of a and b, b's being those from its length on.
+// The elements numbered I of a and b together, a's first.
 template <int... I, class V>
 INLINE inline V pick(V a, V b) {
 #if defined(__clang__)
@@ -117,7 +118,8 @@ typedef void (*Outer)(const double* i, const double* j, int64_t columns, int64_t
 // By how many vectors; up to three meet eight rows, more of them four.
 constexpr Outer kOuter[] = {nullptr, outer<1, 8>, outer<2, 8>, outer<3, 8>, outer<4, 4>, outer<5, 4>};
 
-// Calls tile(v, vectors, rows_from, rows) for every tile of a lower triangle of `vectors` vectors of rows.
+// Cuts the lower triangle of `vectors` vectors of rows into tiles: calls tile(v, count, j, rows) for the products of
+// `count` vectors, from the v-th on, with so many rows from j on.
 template <class Tile>
 inline void for_each_outer(int64_t vectors, Tile tile) {
     for (int64_t from = 0; from < vectors; ++from) {

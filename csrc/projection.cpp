@@ -52,7 +52,6 @@ class Raised {
             if (program_.free()[i]) index.push_back(i);
         const int64_t count = static_cast<int64_t>(index.size());
         Factor block(count);
-        block.resize(count);
         std::vector<double> u(count), r(count);
         for (int64_t i = 0; i < count; ++i) {
             for (int64_t j = 0; j < count; ++j) block.row(i)[j] = problem_.unit[index[i] * problem_.k + index[j]];

@@ -40,8 +40,8 @@ struct Patient {
     }
 };
 
-// c = Σ preference_i times gradient i as the operation (patient, i) leaves it that `prepare` returns, a new one for
-// each thread: none sees what became of another.
+// c = Σ preference_i times what operate(patient, i) makes of gradient i. Every thread has an `operate` of its own,
+// which prepare() returns; none sees what became of another gradient.
 template <class Prepare>
 void operate_on_each(const Problem& problem, double* c, Prepare prepare) {
     const int64_t k = problem.k;
@@ -119,7 +119,8 @@ void gradvac(const Problem& problem, const std::vector<double>& parameters, doub
     std::vector<double> targets(operand, operand + size);  // given back at the end, when nothing can fail any more
     operate_on_each(problem, c, [&] {
         return [&, orders = Orders(problem, operand + size)](Patient& patient, int64_t i) mutable {
-            double square = patient.products[i], terms = problem.norm[i];  // |g_i'|², and what it is made of
+            double square = patient.products[i],
+                   terms = problem.norm[i];  // |g_i'|², and the lengths that it is made of
             double length = problem.norm[i];
             for (const int64_t j : orders.of(i)) {
                 if (j == i) continue;

@@ -104,7 +104,7 @@ struct Tier {
     const char* name;
     Dense dense;
 
-    // Doubles of scratch that gramian needs for m rows: a vector of sums for each pair.
+    // Doubles of scratch that gramian needs for m rows.
     int64_t (*scratch_size)(int64_t m);
 
     // partial (packed_size(m)) = Σ over the columns of g_i · g_j, in float64; reads each element from memory once.
