@@ -45,7 +45,7 @@ OF_FEW_UNITS = {"config_of_few", "config_of_blocks", "combination", "table_of_ad
 """What is compiled in CI for a device with few float64 units."""
 ALONE = {"config_of_gramian", "combination", "graddrop", "table_of_addresses", "table_of_gradients", "table_of_group"}
 """Those that take no tickets, however they are launched."""
-ARCHITECTURES = {"newest": ("sm_89", "sm_90", "sm_100", "gfx942"), "oldest": ("sm_80", "gfx942")}
+ARCHITECTURES = {"newest": ("sm_89", "sm_90", "gfx942"), "oldest": ("sm_80", "gfx942")}
 """What is compiled in CI by which Triton; `make kernels` compiles for all by both."""
 UNITS = "matrix units (taken for granted, found)"
 FOLDERS = {"newest": "FASTCONFIG_NEWEST_TRITON", "oldest": "FASTCONFIG_OLDEST_TRITON"}

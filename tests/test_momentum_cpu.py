@@ -69,6 +69,13 @@ def selections_of(m: int) -> list[int]:
     return sorted({1, min(2, m), m})
 
 
+def sizes_and_selections_of(m: int, sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Every size with one number of recorded losses, these in turn; some sizes with each."""
+    selections = selections_of(m)
+    for i, n in enumerate(sizes):
+        yield from ((n, k) for k in (selections if n in (17, 513) else [selections[i % len(selections)]]))
+
+
 def each_dtype(test):
     return pytest.mark.parametrize(("state", "dtype"), PAIRS, ids=lambda dtype: str(dtype).removeprefix("torch."))(test)
 
@@ -147,24 +154,23 @@ def parameters_of(built: Built) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @each_dtype
 @pytest.mark.parametrize("m", LOSSES)
 def test_products_equal_the_reference_and_write_nothing(tier, m, state, dtype):
-    for n in sizes_of(m):
+    for n, k in sizes_and_selections_of(m, sizes_of(m)):
         case = Case(m, n, state, dtype)
-        for k in selections_of(m):
-            got, wanted = case.twins(case.losses(k))
-            before, sizes = got.snapshot(), terms(got, scales_of(k))
-            products = [built.segment.products(built.recorded, scales_of(k), BETA1) for built in (got, wanted)]
-            wanted.segment.update(wanted.recorded, RULE, unweighted(case, scales_of(k)))
-            new = wanted.moments.first.double()
-            exact = new[list(got.recorded.losses)] @ new.T
-            norms = sizes.norm(dim=1)
-            bound = norms[list(got.recorded.losses)].outer(norms)
-            for found in products:
-                assert (found - exact).abs().le((n + 8) * WORK * bound).all(), (n, k)
-            among = products[0][:, list(got.recorded.losses)]
-            assert torch.equal(among, among.T)
-            for tensor, then in zip(got.written(), before, strict=True):
-                assert torch.equal(bits(tensor), bits(then))
-            got.arena.assert_rest_untouched()
+        got, wanted = case.twins(case.losses(k))
+        before, sizes = got.snapshot(), terms(got, scales_of(k))
+        products = [built.segment.products(built.recorded, scales_of(k), BETA1) for built in (got, wanted)]
+        wanted.segment.update(wanted.recorded, RULE, unweighted(case, scales_of(k)))
+        new = wanted.moments.first.double()
+        exact = new[list(got.recorded.losses)] @ new.T
+        norms = sizes.norm(dim=1)
+        bound = norms[list(got.recorded.losses)].outer(norms)
+        for found in products:
+            assert (found - exact).abs().le((n + 8) * WORK * bound).all(), (n, k)
+        among = products[0][:, list(got.recorded.losses)]
+        assert torch.equal(among, among.T)
+        for tensor, then in zip(got.written(), before, strict=True):
+            assert torch.equal(bits(tensor), bits(then))
+        got.arena.assert_rest_untouched()
 
 
 def terms(built: Built, scales: Tensor) -> Tensor:
@@ -186,43 +192,41 @@ def unweighted(case: Case, scales: Tensor) -> Decision:
 @pytest.mark.parametrize("m", LOSSES)
 def test_update_equals_the_reference(tier, m, state, dtype):
     """Rows that neither sum weighs are NaN: they are not read."""
-    for n in sizes_of(m):
-        for k in selections_of(m):
-            case = Case(m, n, state, dtype)
-            losses = case.losses(k)
-            decision = case.decision(scales_of(k))
-            if m > 2 and m - 1 not in losses:
-                case.first[m - 1] = math.nan
-            got, wanted = case.twins(losses)
-            before = got.snapshot()
-            for built in (got, wanted):
-                built.segment.update(built.recorded, RULE, decision)
-            assert_step_agrees(case, got, wanted, before, decision)
-            got.arena.assert_rest_untouched()
-            quiet = [i for i in range(m) if i not in losses]
-            assert torch.equal(bits(got.moments.first[quiet]), bits(before[0][quiet]))
-            assert not torch.equal(got.moments.first[list(losses)], before[0][list(losses)])
+    for n, k in sizes_and_selections_of(m, sizes_of(m)):
+        case = Case(m, n, state, dtype)
+        losses = case.losses(k)
+        decision = case.decision(scales_of(k))
+        if m > 2 and m - 1 not in losses:
+            case.first[m - 1] = math.nan
+        got, wanted = case.twins(losses)
+        before = got.snapshot()
+        for built in (got, wanted):
+            built.segment.update(built.recorded, RULE, decision)
+        assert_step_agrees(case, got, wanted, before, decision)
+        got.arena.assert_rest_untouched()
+        quiet = [i for i in range(m) if i not in losses]
+        assert torch.equal(bits(got.moments.first[quiet]), bits(before[0][quiet]))
+        assert not torch.equal(got.moments.first[list(losses)], before[0][list(losses)])
 
 
 @each_dtype
 @pytest.mark.parametrize("m", [1, 2, 5, 9, 17])
 def test_update_square_equals_the_reference_and_writes_nothing(tier, m, state, dtype):
-    for n in (*SIZES, LARGE):
+    for n, k in sizes_and_selections_of(m, [*SIZES, LARGE]):
         case = Case(m, n, state, dtype)
-        for k in selections_of(m):
-            decision = case.decision(scales_of(k))
-            got, wanted = case.twins(case.losses(k))
-            before = got.snapshot()
-            squares = [built.segment.update_square(built.recorded, RULE, decision) for built in (got, wanted)]
-            for tensor, then in zip(got.written(), before, strict=True):
-                assert torch.equal(bits(tensor), bits(then))
-            got.arena.assert_rest_untouched()
-            wanted.segment.update(wanted.recorded, RULE, decision)
-            allowed = Allowed(case, before[0], wanted.moments.first, before[1], decision, 0.0)
-            columns, _, eps, _ = parameters_of(wanted)
-            error = (2 * update_of(wanted, decision, columns, eps).abs() * allowed.update(columns, eps)).sum()
-            assert (squares[0] - squares[1]).abs() <= 1.01 * error + 1e-12 * squares[1]
-            assert squares[1] > 0
+        decision = case.decision(scales_of(k))
+        got, wanted = case.twins(case.losses(k))
+        before = got.snapshot()
+        squares = [built.segment.update_square(built.recorded, RULE, decision) for built in (got, wanted)]
+        for tensor, then in zip(got.written(), before, strict=True):
+            assert torch.equal(bits(tensor), bits(then))
+        got.arena.assert_rest_untouched()
+        wanted.segment.update(wanted.recorded, RULE, decision)
+        allowed = Allowed(case, before[0], wanted.moments.first, before[1], decision, 0.0)
+        columns, _, eps, _ = parameters_of(wanted)
+        error = (2 * update_of(wanted, decision, columns, eps).abs() * allowed.update(columns, eps)).sum()
+        assert (squares[0] - squares[1]).abs() <= 1.01 * error + 1e-12 * squares[1]
+        assert squares[1] > 0
 
 
 def update_of(built: Built, decision: Decision, columns: Tensor | slice, eps: Tensor | float) -> Tensor:

@@ -102,8 +102,9 @@ class Run:
             torch.cuda.synchronize()  # raises again if the device is gone
 
     def release(self) -> None:
-        gc.collect()
+        """Give memory back to the GPU, that of tensors in cycles, too."""
         if self.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
 
