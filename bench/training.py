@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ class Task(NamedTuple):
     m: int
     losses: Callable[[], list[Tensor]]
     loss: Callable[[int], Tensor]
+    split: Callable[[], tuple[Tensor, list[Tensor]]] | None = None
+    """All losses of a batch behind the features that they are computed from; None where each has samples of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,28 @@ def perceptron() -> Task:
     network = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(1000, 1000), nn.Tanh())])
     x = torch.randn(BATCH, 1000)
 
-    def losses() -> list[Tensor]:
-        parts = network(x).chunk(3, dim=1)
-        return [(part - i).square().mean() for i, part in enumerate(parts)]
+    def split() -> tuple[Tensor, list[Tensor]]:
+        z = network[:-2](x)
+        parts = network[-2:](z).chunk(3, dim=1)
+        return z, [(part - i).square().mean() for i, part in enumerate(parts)]
 
-    return Task(network, 3, losses, lambda i: losses()[i])
+    return Task(network, 3, lambda: split()[1], lambda i: split()[1][i], split)
 
 
 class Heads(nn.Module):
-    """40 heads on a trunk of 5.6e5 parameters, and the batch that they see."""
+    """A trunk with a head for each loss, and the batch that they see.
 
-    def __init__(self) -> None:
+    Args:
+        trunk: the trunk.
+        heads: the heads, each a layer.
+        inputs: the batch.
+    """
+
+    def __init__(self, trunk: nn.Module, heads: Iterable[nn.Module], inputs: Tensor) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
-        self.heads = nn.ModuleList(nn.Linear(512, 1) for _ in range(40))
-        self.inputs = torch.randn(BATCH, 64)
+        self.trunk = trunk
+        self.heads = nn.ModuleList(heads)
+        self.inputs = inputs
 
     def features(self) -> Tensor:
         """What the heads share."""
@@ -89,18 +99,48 @@ class Heads(nn.Module):
         """All of them."""
         return [self.loss(i, z) for i in range(len(self.heads))]
 
+    def split(self) -> tuple[Tensor, list[Tensor]]:
+        """What the heads share, and the losses computed from it."""
+        z = self.features()
+        return z, self.losses(z)
+
+    def task(self) -> Task:
+        """The losses, a head each."""
+        return Task(self, len(self.heads), lambda: self.split()[1], lambda i: self.loss(i, self.features()), self.split)
+
 
 def heads() -> Task:
-    """Losses of one trunk with a head each."""
+    """40 heads on a trunk of 5.6e5 parameters."""
     torch.manual_seed(0)
-    network = Heads()
-    return Task(network, 40, lambda: network.losses(network.features()), lambda i: network.loss(i, network.features()))
+    trunk = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+    return Heads(trunk, [nn.Linear(512, 1) for _ in range(40)], torch.randn(BATCH, 64)).task()
+
+
+def convolutions() -> Task:
+    """Three dense predictions, such as depth, normals and classes, of 16 images of 32 by 32."""
+    torch.manual_seed(0)
+    widths = [3, 64, 64, 128, 128, 128]
+    trunk = nn.Sequential(
+        *(part for a, b in itertools.pairwise(widths) for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())),
+        nn.Conv2d(128, 128, 3, stride=2, padding=1),
+    )
+    return Heads(trunk, [nn.Conv2d(128, width, 1) for width in (1, 3, 13)], torch.randn(16, 3, 32, 32)).task()
+
+
+def transformer() -> Task:
+    """Four properties of each of 16 · 64 tokens, by a transformer of four layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+    trunk = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    return Heads(trunk, [nn.Linear(256, 10) for _ in range(4)], torch.randn(16, 64, 256)).task()
 
 
 MODELS = [
     Model("Burgers", 3, 1, burgers),
     Model("MLP", 1, None, perceptron),
     Model("40 heads", 1, None, heads),
+    Model("convolutions", 1, None, convolutions),
+    Model("transformer", 1, None, transformer),
 ]
 
 Step = Callable[[], dict[str, float]]
@@ -193,6 +233,23 @@ def fastconfig_buffer(task: Task) -> Step:
     return step
 
 
+def fastconfig_features(task: Task) -> Step | None:
+    """ConFIG at the features, one pass through the trunk, Adam."""
+    split = task.split
+    if split is None:
+        return None
+    optimizer = _adam(task)
+
+    def step() -> dict[str, float]:
+        optimizer.zero_grad()
+        z, values = split()
+        fc.backward(values, features=z)
+        optimizer.step()
+        return {}
+
+    return step
+
+
 def fastconfig_mconfig(task: Task) -> Step:
     """M-ConFIG, one loss a step."""
     optimizer = fc.optim.MConFIG(task.network, lr=RATE, num_losses=task.m)
@@ -273,10 +330,11 @@ def torchjd_step(task: Task, aggregator: jd.Aggregator) -> Step:
     return step
 
 
-CONTENDERS: dict[str, Callable[[Task], Step]] = {
+CONTENDERS: dict[str, Callable[[Task], Step | None]] = {
     "m backward passes": backward_passes,
     "m backward passes, Adam": backward_passes_and_adam,
     "fastconfig, buffer": fastconfig_buffer,
+    "fastconfig, features": fastconfig_features,
     "torchjd, ConFIG": lambda task: torchjd_step(task, jd.ConFIG()),
     "torchjd, UPGrad": lambda task: torchjd_step(task, jd.UPGrad()),
     "conflictfree": conflictfree_config,
@@ -302,10 +360,11 @@ def error_of(name: str, model: Model) -> float | None:
 
     None where a step has none to hand over.
     """
-    if name in LOSS_BY_LOSS or name == "m backward passes":
-        return None
     task = model.make()
-    CONTENDERS[name](task)()
+    step = CONTENDERS[name](task)
+    if step is None or name in LOSS_BY_LOSS or name == "m backward passes":
+        return None
+    step()
     given = torch.cat([parameter.grad.flatten() for parameter in _parameters(task) if parameter.grad is not None])
     wanted = _wanted(name, model.make())
     return float((given - wanted).norm() / wanted.norm())
@@ -313,6 +372,8 @@ def error_of(name: str, model: Model) -> float | None:
 
 def _wanted(name: str, task: Task) -> Tensor:
     """(n,) float64: the gradient that a contender should hand to its optimizer."""
+    if name.endswith("features"):
+        return _wanted_at_features(task)
     rows = rows_of(task)
     if name in SUMS:
         return rows.sum(0)
@@ -321,6 +382,19 @@ def _wanted(name: str, task: Task) -> Tensor:
         shared = sum(parameter.numel() for parameter in task.network.trunk.parameters())
     method = fc.UPGrad() if name.endswith("UPGrad") else fc.ConFIG()
     return torch.cat([fc.combine(rows[:, :shared].contiguous(), method), rows[:, shared:].sum(0)])
+
+
+def _wanted_at_features(task: Task) -> Tensor:
+    """The combination at the features, carried on by autograd; of what lies in front of them the losses' sum."""
+    assert task.split is not None
+    z, losses = task.split()
+    rows = [torch.autograd.grad(loss, z, retain_graph=True)[0].flatten().double() for loss in losses]
+    combined = fc.combine(rows).view(z.shape).to(z.dtype)
+    parameters = _parameters(task)
+    behind = torch.autograd.grad(z, parameters, combined, retain_graph=True, allow_unused=True)
+    summed = torch.autograd.grad(torch.stack(losses).sum(), parameters)
+    grads = [total if grad is None else grad for grad, total in zip(behind, summed, strict=True)]
+    return torch.cat([grad.flatten() for grad in grads]).double()
 
 
 def rows_of(task: Task) -> Tensor:

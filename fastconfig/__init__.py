@@ -8,6 +8,7 @@ from fastconfig.conflict.monitor import ConflictMonitor
 from fastconfig.diagnostics import show_config
 from fastconfig.gradients.buffer import GradientBuffer
 from fastconfig.gradients.combination import Combination
+from fastconfig.gradients.features import backward
 from fastconfig.integrations import torchjd
 from fastconfig.methods import (
     CRMOGM,
@@ -64,6 +65,7 @@ __all__ = [
     "Sum",
     "UPGrad",
     "__version__",
+    "backward",
     "combine",
     "gramian",
     "optim",

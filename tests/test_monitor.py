@@ -626,7 +626,7 @@ def test_nothing_to_record_or_draw(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"buffer": object()}, TypeError, "buffer must be a GradientBuffer or an MConFIG, got object"),
+        ({"buffer": object()}, TypeError, "buffer must be a GradientBuffer, an MConFIG or a list of names, got object"),
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"every": 1.5}, TypeError, "every must be an int, got 1.5"),
         ({"first_step": -1}, ValueError, "first_step must be at least 0, got -1"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import combinations, count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, SupportsIndex, get_args, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, SupportsIndex, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from fastconfig.conflict.history import ConflictHistory, names_in, write_header
 from fastconfig.gradients.buffer import GradientBuffer
 from fastconfig.gradients.combination import Combination
+from fastconfig.gradients.losses import Losses
+from fastconfig.gradients.ranks import world
 
 if TYPE_CHECKING:
     import pandas
@@ -108,7 +110,8 @@ class ConflictMonitor:
     element, K c then is what a step along the combined gradient itself would promise.
 
     Args:
-        buffer: the GradientBuffer, or the MConFIG, whose combinations to record.
+        buffer: the GradientBuffer, or the MConFIG, whose combinations to record; or m names of losses, for those of
+            ``fc.backward``, which has no buffer: each is handed to ``record``.
         every: record one step in so many, the first one included.
         csv: a file to append the records to, batch by batch, whose first line names the columns, as
             ``ConflictHistory.columns`` does. ``fastconfig plot`` and ``ConflictHistory.read_csv`` read it.
@@ -148,7 +151,7 @@ class ConflictMonitor:
 
     def __init__(
         self,
-        buffer: Combiner,
+        buffer: Combiner | Sequence[str],
         every: int = 1,
         *,
         csv: str | Path | None = None,
@@ -158,8 +161,7 @@ class ConflictMonitor:
         modules_every: int | None = None,
         first_step: int | None = None,
     ) -> None:
-        if not hasattr(buffer, "combination") or not hasattr(buffer, "names"):
-            raise TypeError(f"buffer must be a GradientBuffer or an MConFIG, got {type(buffer).__name__}")
+        combiner = _combiner_of(buffer)
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer must have add_scalar(tag, value, step), as a SummaryWriter has, got {writer!r}")
         _check_int("every", every, 1)
@@ -169,12 +171,12 @@ class ConflictMonitor:
             raise ValueError(f"existing must be one of {', '.join(map(repr, get_args(Existing)))}, got {existing!r}")
         if modules_every is not None:
             _check_int("modules_every", modules_every, 1)
-            _check_has_modules(buffer)
-        self._buffer = buffer
-        self._names = buffer.names
+            _check_has_modules(combiner)
+        self._buffer = combiner
+        self._names = combiner.names
         self._every = every
         self._modules_every = modules_every
-        self._writes = getattr(buffer, "rank", 0) == 0
+        self._writes = getattr(combiner, "rank", 0) == 0
         self._writer = writer if self._writes else None
         self._remembers = memory
         self._path = None if csv is None or not self._writes else Path(csv)
@@ -368,6 +370,34 @@ class ConflictMonitor:
         self._steps.append(self._next_step)
         self._rtols.append(combination.rtol)
         self._absent.append(combination.absent)
+
+
+class _Named:
+    """Losses of combinations that come without a buffer.
+
+    Args:
+        names: theirs.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        everyone = world()
+        self.rank = 0 if everyone is None else torch.distributed.get_rank(everyone)
+
+    @property
+    def combination(self) -> Combination:
+        """None is kept: RuntimeError."""
+        raise RuntimeError(
+            "this monitor was made of names and has no buffer to look at; hand it record(fc.backward(...))"
+        )
+
+
+def _combiner_of(buffer: Combiner | Sequence[str]) -> Combiner:
+    if isinstance(buffer, (list, tuple)):
+        return _Named(Losses(buffer).names)
+    if hasattr(buffer, "combination") and hasattr(buffer, "names"):
+        return cast("Combiner", buffer)
+    raise TypeError(f"buffer must be a GradientBuffer, an MConFIG or a list of names, got {type(buffer).__name__}")
 
 
 class _Modules:

@@ -296,6 +296,84 @@ class Together:
             _sum_of_gramians(owned(held, self.ranks), out)
 
 
+class Batch:
+    """The parts of one batch on several ranks, as one of them sees it: each has columns of its own, none twice.
+
+    A rank's loss is the mean over its part, and the whole's the mean of these: its gradient of what a rank has is a
+    W-th of the rank's own. Every method but the constructor is a collective call.
+
+    Args:
+        ranks: those that have a part.
+        num_losses: m.
+        home: the device where the weights are found.
+    """
+
+    def __init__(self, ranks: Ranks, num_losses: int, home: torch.device) -> None:
+        self._ranks = ranks
+        self._tally = Tally(ranks, home, num_losses**2, num_losses, ranks.count)
+        self._home = home
+
+    def fail(self, error: Exception) -> None:
+        """Take part in the combination that the others wait for, by saying what has gone wrong here; it is raised."""
+        self._tally.take_part(error)
+
+    def combine(
+        self,
+        segments: Sequence[tuple[Rows, Tensor]],
+        method: Method | StreamingMethod,
+        gramian: Tensor,
+        weights: Tensor,
+        scale: Tensor | None,
+        absent: Sequence[int],
+    ) -> list[int]:
+        """Combine all columns of all ranks as one problem, as ``combine_segments`` those of one.
+
+        Args:
+            segments: as there.
+            method: rank 0's is the one that is asked.
+            gramian: (m, m) float64, overwritten with the whole batch's.
+            weights: (m,) float64, overwritten with c.
+            scale: as there.
+            absent: the losses that are absent here.
+
+        Returns:
+            Those that are absent on all.
+
+        Raises:
+            What one of the ranks has met.
+        """
+        square, recorded, columns = self._tally.parts
+        error: Exception | None = None
+        try:
+            _sum_of_gramians([rows for rows, _ in segments], square.view_as(gramian))
+            recorded[[i for i in range(len(weights)) if i not in absent]] = 1.0
+            columns[self._ranks.rank] = sum(rows.n for rows, _ in segments)
+        except Exception as raised:  # out of memory, say: the others wait
+            error = raised
+        self._tally.take_part(error)
+        gramian.copy_(square.view_as(gramian)).div_(self._ranks.count**2)
+        if scale is not None:
+            gramian /= scale.square()
+        if is_streaming(method):
+            self._combine_rows(segments, method, columns)
+            weights.fill_(torch.nan)
+        else:
+            decide(self._ranks, check_weights_of(method), gramian, weights)
+            for rows, out in segments:
+                _backend(rows).apply(rows, weights.to(rows.device), out)
+        return [i for i, has in enumerate(recorded.tolist()) if not has]
+
+    def _combine_rows(self, segments: Sequence[tuple[Rows, Tensor]], method: StreamingMethod, columns: Tensor) -> None:
+        parts = [(_backend(rows), rows, out) for rows, out in segments]
+        if not isinstance(method, GradDrop):
+            method.combine_rows(parts)
+            return
+        self._ranks.broadcast(method.seed_on(self._home))
+        before = int(columns[: self._ranks.rank].sum())
+        first = [before + sum(rows.n for rows, _ in segments[:i]) for i in range(len(segments))]
+        method.combine_rows(parts, first)
+
+
 def check_same_losses(counts: Tensor, ranks: Ranks) -> None:
     """Raise RuntimeError, on every rank, unless all have recorded the same losses.
 

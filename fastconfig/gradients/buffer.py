@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,13 +17,20 @@ from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
 from fastconfig.gradients.across import Together
-from fastconfig.gradients.combination import Combination, combine_segments
+from fastconfig.gradients.combination import (
+    Combination,
+    Scaler,
+    combine_segments,
+    overflow_of,
+    rtol_of,
+    scale_of,
+)
 from fastconfig.gradients.exchange import SharedRows, SharedSegment, make_equal, together_over
 from fastconfig.gradients.forgotten import Reminder, frames_to_scaler, words_for
 from fastconfig.gradients.heads import OutsideParameters
 from fastconfig.gradients.landing import GradientRows, Recording, Shown
 from fastconfig.gradients.layout import Layout
-from fastconfig.gradients.losses import Loss, Losses
+from fastconfig.gradients.losses import Loss, Losses, backpropagate
 from fastconfig.gradients.memory import aligned_rows
 from fastconfig.gradients.parameters import (
     Parameters,
@@ -37,7 +44,7 @@ from fastconfig.gradients.parameters import (
 from fastconfig.gradients.parts import By, rows_of_parts, runs_of_parts
 from fastconfig.gradients.processes import Solitude, Sync, Wrappers, identities_of, ranks_of
 from fastconfig.gradients.ranks import Ranks, is_group, is_told
-from fastconfig.methods import DEFAULT_METHOD, ConFIG, Method, StreamingMethod, method_of
+from fastconfig.methods import DEFAULT_METHOD, Method, StreamingMethod, method_of
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import FLOAT_DTYPES
 
@@ -51,13 +58,6 @@ _EMPTY, _NEW, _USED = 0, 1, 2
 
 _STEPS_A_BLOCK = 16
 """How many steps' K and c share a block of memory."""
-
-
-class Scaler(Protocol):
-    """What ``combine`` asks of a ``torch.amp.GradScaler``."""
-
-    def scale(self, outputs: Tensor, /) -> Tensor:
-        """The tensor times the scale, on its device."""
 
 
 class Segment(landing.Segment):
@@ -345,12 +345,12 @@ class GradientBuffer:
                     continue
                 rows.open(i, self._calls[i], adds[i])
                 if isinstance(loss, Tensor):
-                    _backward(loss, retain_graph or i < last_tensor)
+                    backpropagate(loss, retain_graph or i < last_tensor)
                 else:
                     value = loss()
                     self._losses.check_one(value, i)
                     self._outside.see(value, rows)
-                    _backward(value, retain_graph=False)
+                    backpropagate(value, retain_graph=False)
                 rows.close(i, adds[i])
                 self._wrappers.check_close(self._calls[i], any(rows.reached[i]))
                 self._states[i], self._absent[i] = _NEW, False
@@ -388,7 +388,7 @@ class GradientBuffer:
             shared.open_own(row, self._calls[row])
             value = loss if isinstance(loss, Tensor) else loss()
             self._losses.check_one(value, row)
-            _backward(value, retain_graph)
+            backpropagate(value, retain_graph)
             taken = shared.close_own(row)
         except BaseException as failed:
             shared.end(complete=False)
@@ -449,7 +449,7 @@ class GradientBuffer:
         self._rows.settle()
         home = self.segments[0].device
         gramian, weights = self._fresh_record()
-        scale = None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64, device=home))
+        scale = scale_of(scaler, home)
         reached, absent = self._reached(), [i for i, is_absent in enumerate(self._absent) if is_absent]
         try:
             if self._together is None:
@@ -465,8 +465,7 @@ class GradientBuffer:
         if scaler is not None:
             self._leave_overflow_to_be_found(gramian, reached)
         self._hang_grad(reached if self._shared is None or not sharded else (False,) * len(reached))
-        rtol = (rule if isinstance(rule, ConFIG) else DEFAULT_METHOD).rule.rtol
-        self.combination = Combination(gramian, weights, rtol, self._losses, absent)
+        self.combination = Combination(gramian, weights, rtol_of(rule), self._losses, absent)
         self._states = [_USED if state == _NEW else state for state in self._states]
         self._is_in_shares = self._shared is not None and sharded
         self._is_scaled = scaler is not None
@@ -770,7 +769,7 @@ class GradientBuffer:
 
     def _leave_overflow_to_be_found(self, gramian: Tensor, reached: Sequence[bool]) -> None:
         """Put NaN where a scaler looks, if a row is not finite: a method that drops it leaves no other trace."""
-        bad = torch.where(torch.isfinite(gramian.diagonal()).all(), 0.0, torch.nan)
+        bad = overflow_of(gramian)
         for shared in self._shared.segments if self._shared is not None else ():
             shared.share[:1] += bad.to(shared.device)
         flags = iter(reached)
@@ -822,7 +821,3 @@ def _rebuilt(
     buffer._methods, buffer.combination = state["methods"], state["combination"]
     buffer._source.belongs_to(module)
     return buffer
-
-
-def _backward(loss: Tensor, retain_graph: bool) -> None:
-    loss.backward(torch.ones_like(loss) if loss.dim() else None, retain_graph=retain_graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import combinations
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,57 @@ from torch import Tensor
 from fastconfig.backends import Backend
 from fastconfig.backends.rows import Rows
 from fastconfig.gradients.losses import Losses
-from fastconfig.methods import ConFIG, GramianMethod, Method, StreamingMethod, check_weights_of, is_streaming
+from fastconfig.methods import (
+    DEFAULT_METHOD,
+    ConFIG,
+    GramianMethod,
+    Method,
+    StreamingMethod,
+    check_weights_of,
+    is_streaming,
+    method_for_one_call,
+)
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_method_weights
+
+
+class Scaler(Protocol):
+    """What a combination asks of a ``torch.amp.GradScaler``."""
+
+    def scale(self, outputs: Tensor, /) -> Tensor:
+        """The tensor times the scale, on its device."""
+
+
+def scale_of(scaler: Scaler | None, device: torch.device) -> Tensor | None:
+    """By what a scaler has multiplied the losses, 0-d float64; None without one."""
+    return None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64, device=device))
+
+
+def overflow_of(gramian: Tensor) -> Tensor:
+    """0-d: 0, or NaN where a row is not finite, to be left where a scaler looks: a method may have dropped the row."""
+    return torch.where(torch.isfinite(gramian.diagonal()).all(), 0.0, torch.nan)
+
+
+def checked_method(method: Method | StreamingMethod | str | None, num_losses: int) -> Method | StreamingMethod:
+    """The method of one call over m losses, ``ConFIG()`` where none is named.
+
+    Raises:
+        TypeError: no method.
+        ValueError: no such name, or one that remembers; preferences for another number of losses.
+    """
+    if isinstance(method, str):
+        return method_for_one_call(method, num_losses)
+    method = DEFAULT_METHOD if method is None else method
+    if isinstance(method, GramianMethod) or type(method) is ConFIG:
+        method.rule.check_losses(num_losses)
+    elif not is_streaming(method):
+        check_weights_of(method)
+    return method
+
+
+def rtol_of(method: Method | StreamingMethod) -> float:
+    """Under which share of the largest an eigenvalue of the cosines counts as zero, for the record."""
+    return (method if isinstance(method, ConFIG) else DEFAULT_METHOD).rule.rtol
 
 
 def combine_rows(

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import SupportsIndex
 
+import torch
 from torch import Tensor
 
 from fastconfig.backends.rules import NonFiniteError, nonfinite_message
@@ -150,3 +151,8 @@ def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
         if name in names[:i]:
             raise ValueError(f"num_losses must name each loss once, got {name!r} twice in {list(names)}")
     return tuple(names)
+
+
+def backpropagate(loss: Tensor, retain_graph: bool) -> None:
+    """Accumulate the gradient of a loss of one element."""
+    loss.backward(torch.ones_like(loss) if loss.dim() else None, retain_graph=retain_graph)
