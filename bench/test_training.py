@@ -16,7 +16,7 @@ YARDSTICK_SECONDS = 3.0
 MOST_TURNS = 300
 
 RIGHT = {
-    **dict.fromkeys(["fastconfig, buffer", "fastconfig, features"], 1e-5),
+    **dict.fromkeys(["fastconfig, buffer", "fastconfig, batched", "fastconfig, features"], 1e-5),
     **dict.fromkeys(["m backward passes, Adam", "Adam, summed loss"], 1e-5),
     **dict.fromkeys(["torchjd, ConFIG", "torchjd, UPGrad"], 1e-2),
 }

@@ -135,8 +135,23 @@ def transformer() -> Task:
     return Heads(trunk, [nn.Linear(256, 10) for _ in range(4)], torch.randn(16, 64, 256)).task()
 
 
+def small() -> Task:
+    """Ten outputs of a network of 3,200 parameters, which share all but its last rows."""
+    torch.manual_seed(0)
+    widths = [2, 50, 50, 10]
+    network = nn.Sequential(*(part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())))
+    x = torch.randn(BATCH, 2)
+
+    def split() -> tuple[Tensor, list[Tensor]]:
+        z = network[:-2](x)
+        return z, list(network[-2:](z).square().mean(0))
+
+    return Task(network, 10, lambda: split()[1], lambda i: split()[1][i], split)
+
+
 MODELS = [
     Model("Burgers", 3, 1, burgers),
+    Model("10 outputs", 1, 1, small),
     Model("MLP", 1, None, perceptron),
     Model("40 heads", 1, None, heads),
     Model("convolutions", 1, None, convolutions),
@@ -215,7 +230,7 @@ def adam(task: Task) -> Step:
     return step
 
 
-def fastconfig_buffer(task: Task) -> Step:
+def fastconfig_buffer(task: Task, batched: bool | None = None) -> Step:
     """A buffer over all parameters, ConFIG, Adam."""
     buffer, optimizer = fc.GradientBuffer(task.network, task.m), _adam(task)
 
@@ -223,7 +238,7 @@ def fastconfig_buffer(task: Task) -> Step:
         optimizer.zero_grad()
         values = task.losses()
         start = time.perf_counter()
-        buffer.backward(values)
+        buffer.backward(values, batched=batched)
         landed = time.perf_counter()
         buffer.combine()
         combined = time.perf_counter()
@@ -334,6 +349,7 @@ CONTENDERS: dict[str, Callable[[Task], Step | None]] = {
     "m backward passes": backward_passes,
     "m backward passes, Adam": backward_passes_and_adam,
     "fastconfig, buffer": fastconfig_buffer,
+    "fastconfig, batched": lambda task: fastconfig_buffer(task, batched=True),
     "fastconfig, features": fastconfig_features,
     "torchjd, ConFIG": lambda task: torchjd_step(task, jd.ConFIG()),
     "torchjd, UPGrad": lambda task: torchjd_step(task, jd.UPGrad()),

@@ -17,6 +17,7 @@ from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
 from fastconfig.gradients.across import Together
+from fastconfig.gradients.batched import checked_chunk, gradients_in_batches
 from fastconfig.gradients.combination import (
     Combination,
     Scaler,
@@ -286,6 +287,7 @@ class GradientBuffer:
         *,
         accumulate: bool | None = None,
         retain_graph: bool = False,
+        batched: bool | int | None = None,
     ) -> None:
         """Backpropagate every loss into its row.
 
@@ -303,13 +305,21 @@ class GradientBuffer:
                 absent where every micro-batch lacks it. n elements more in memory, no second set of rows. False begins
                 anew. None, too, and warns once where that discards gradients that were never combined.
             retain_graph: keep the graph after the last tensor, too.
+            batched: True backpropagates all losses in one pass, vectorised by ``torch.vmap``; an int, so many a pass.
+                The losses are to be tensors, of a model in one process. A pass holds its k gradients beside the rows,
+                and computes k times everything that two of its losses share, but launches it once: on a CPU that is
+                quicker for small networks (10,000 parameters) whose losses share them, and slower for large ones or
+                with heads of their own; docs/performance.md has numbers. Hooks of the buffer's parameters see batched
+                gradients, and those after accumulation none. None or False: a pass a loss.
 
         Raises:
-            TypeError: a loss that is neither a tensor nor a callable nor None.
+            TypeError: a loss that is neither a tensor nor a callable nor None; ``batched`` is no int.
             ValueError: a wrong number of losses, or a dict that lacks one; every loss is None, without ``accumulate``;
                 a loss of several elements, or that does not require grad. Losses given as tensors are all checked
-                before any row is written.
+                before any row is written. ``batched`` under 1, of callables, on several ranks or of sharded parameters.
             IndexError: a dict names no such loss.
+            RuntimeError: what ``torch.vmap`` cannot do, with ``batched``: operations in place, recurrent networks of
+                cuDNN, an ``autograd.Function`` that looks at values.
 
         If a callable or a backward pass raises, every row is zeroed: rows of two steps are never combined.
         """
@@ -322,6 +332,7 @@ class GradientBuffer:
             last_tensor = self._losses.check(given, may_all_be_absent)
             self._wrappers.check_open("backward")
             self._wrappers.check_tensors(given)
+            chunk = checked_chunk(batched, given, self._rows.parameters, self._together is None)
         except Exception as error:
             self._tell_failure(error, is_before_the_first=True)
             raise
@@ -333,6 +344,9 @@ class GradientBuffer:
             self._begin_step(accumulate, [loss for loss in given if isinstance(loss, Tensor)])
         rows.begin("backward")
         last = max((i for i, loss in enumerate(given) if loss is not None), default=-1)
+        if chunk:
+            self._run_batched(given, adds, chunk, retain_graph)
+            return
         try:
             self._wrappers.hold()
             for i, loss in enumerate(given):
@@ -359,6 +373,23 @@ class GradientBuffer:
             rows.end(complete=False)
             self.zero()
             self._tell_failure(failed)
+            raise
+        rows.end(complete=True)
+        self._outside.after()
+
+    def _run_batched(self, losses: Sequence[Loss], adds: Sequence[bool], chunk: int, retain_graph: bool) -> None:
+        """Backpropagate losses that are tensors, so many in a pass; ``rows.begin`` has been called."""
+        rows, given = self._rows, {i: loss for i, loss in enumerate(losses) if isinstance(loss, Tensor)}
+        try:
+            gradients_in_batches(rows, given, adds, chunk, retain_graph)
+            for i, adding in enumerate(adds):
+                if i not in given:
+                    rows.leave_out(i, adding)
+                if i in given or not adding:
+                    self._states[i], self._absent[i] = _NEW, i not in given
+        except BaseException:
+            rows.end(complete=False)
+            self.zero()
             raise
         rows.end(complete=True)
         self._outside.after()

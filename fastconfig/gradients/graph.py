@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -39,6 +39,21 @@ def computes_what_is_asked(node: Node) -> bool:
 @cache
 def _is_of_pytorch(kind: type[Node]) -> bool:
     return _OF_PYTORCH.fullmatch(kind.__name__) is not None
+
+
+def leaves_of(losses: Sequence[Tensor]) -> dict[Node, Tensor]:
+    """The leaves that losses reach, by the nodes that accumulate into them."""
+    leaves: dict[Node, Tensor] = {}
+    waiting = [edge_of(loss)[0] for loss in losses]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if (leaf := leaf_of(node)) is not None:
+            leaves[node] = leaf
+        fresh = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= fresh
+        waiting += fresh
+    return leaves
 
 
 class Crossing(NamedTuple):

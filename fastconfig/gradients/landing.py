@@ -362,6 +362,34 @@ class GradientRows(Generic[Place]):
             gap.zero_()
         self.reached[row] = plan.flags
 
+    def put(self, rows: Sequence[int], grads: Sequence[Tensor | None], adds: Sequence[bool]) -> None:
+        """Bring the gradients of several losses into their rows, or add them: a copy a parameter where it can be one.
+
+        Args:
+            rows: k of them.
+            grads: for each parameter its gradients (k, *shape), or None where no loss reaches it.
+            adds: for each row, whether to add to what it holds.
+        """
+        flags = tuple([grad is not None for grad in grads])
+        for row, add in zip(rows, adds, strict=True):
+            self.reached[row] = either(self.reached[row], flags) if add else flags
+        is_run = rows[-1] - rows[0] == len(rows) - 1 and not any(adds)
+        given = iter(grads)
+        for segment in self.segments:
+            for parameter, start in zip(segment.parameters, segment.starts, strict=True):
+                grad = next(given)
+                places = shaped_like(parameter, segment.landing[:, start : start + columns_of(parameter)])
+                if is_run and grad is not None:
+                    places[rows[0] : rows[-1] + 1].copy_(grad)
+                    continue
+                for i, (row, add) in enumerate(zip(rows, adds, strict=True)):
+                    if grad is not None and add:
+                        places[row].add_(grad[i])
+                    elif grad is not None:
+                        places[row].copy_(grad[i])
+                    elif not add:
+                        places[row].zero_()
+
     def end(self, complete: bool, shown: int | None = None) -> None:
         """Give every ``p.grad`` back.
 
