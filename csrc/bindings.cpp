@@ -107,6 +107,22 @@ int64_t combine(const py::handle& where, int64_t n, DType dtype, const Rule& rul
     return engine.combine({row.data(), m, n, dtype}, rule, doubles(operand), reinterpret_cast<void*>(out), k, c);
 }
 
+typedef std::vector<std::tuple<int64_t, int64_t, const Rule*, std::uintptr_t>> Parts;  // first, last, rule, operand
+
+// As combine, for parts of the columns; gramian (parts, m, m) and weights (parts, m).
+int64_t combine_parts(const py::handle& where, int64_t n, DType dtype, const Parts& parts, std::uintptr_t out,
+                      std::uintptr_t gramian, std::uintptr_t weights, int threads) {
+    const std::vector<const void*> row = addresses(where, n);
+    if (out == 0 && n > 0) throw without_memory("out");
+    std::vector<Part> native;
+    for (const auto& [first, last, rule, operand] : parts)
+        native.push_back({{first, last - first}, rule, doubles(operand)});
+    const Engine engine{active_tier, threads};
+    py::gil_scoped_release release;
+    return engine.combine_parts({row.data(), static_cast<int64_t>(row.size()), n, dtype}, native,
+                                reinterpret_cast<void*>(out), doubles(gramian), doubles(weights));
+}
+
 int64_t rule_weights(std::uintptr_t gramian, int64_t m, const Rule& rule, std::uintptr_t operand,
                      std::uintptr_t weights, int threads) {
     py::gil_scoped_release release;
@@ -219,6 +235,7 @@ PYBIND11_MODULE(_core, module) {
     module.def("gramian", &gramian);
     module.def("apply", &apply);
     module.def("combine", &combine);
+    module.def("combine_parts", &combine_parts);
     module.def("rule_weights", &rule_weights);
     module.def("graddrop", &graddrop);
     module.def("tiers", &tier_names, "ISA tiers this machine can run, weakest first.");

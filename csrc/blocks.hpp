@@ -39,6 +39,9 @@ struct Blocks {
         columns = std::max((wanted + kLeastBlockColumns - 1) / kLeastBlockColumns, int64_t{1}) * kLeastBlockColumns;
     }
 
+    // Of n columns among others, in blocks as large as those of all of them.
+    Blocks(const Blocks& all, int64_t n) : n(n), columns(all.columns) {}
+
     int64_t count() const { return (n + columns - 1) / columns; }
     Columns operator[](int64_t block) const {
         const int64_t first = block * columns;

@@ -2,11 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "rule.hpp"
 #include "tier.hpp"
 
 namespace fastconfig {
+
+// A run of columns that is combined by a Gramian of its own.
+struct Part {
+    Columns columns;
+    const Rule* rule;
+    double* operand;  // as of Rule::weights
+};
 
 struct Engine {
     const Tier* tier;
@@ -25,6 +33,11 @@ struct Engine {
     // Returns as Rule::weights does; where that is a row, out is untouched.
     int64_t combine(const Rows& rows, const Rule& rule, double* operand, void* out, double* gramian,
                     double* weights) const;
+
+    // The same for each of the parts, in two passes over all of them. gramian (parts, m, m) and weights (parts, m).
+    // Where a rule returns a row, out is untouched, and it is the first such.
+    int64_t combine_parts(const Rows& rows, const std::vector<Part>& parts, void* out, double* gramian,
+                          double* weights) const;
 };
 
 }  // namespace fastconfig

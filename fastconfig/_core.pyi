@@ -59,6 +59,17 @@ def combine(
     threads: int,
     /,
 ) -> int: ...
+def combine_parts(
+    rows: _Rows,
+    n: int,
+    dtype: DType,
+    parts: list[tuple[int, int, Rule, int]],
+    out: int,
+    gramian: int,
+    weights: int,
+    threads: int,
+    /,
+) -> int: ...
 def rule_weights(gramian: int, m: int, rule: Rule, operand: int, weights: int, threads: int, /) -> int: ...
 def tiers() -> list[str]: ...
 def active_tier() -> str: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -158,6 +159,45 @@ def _combine(
         out.data_ptr(),
         0 if gramian_out is None else gramian_out.data_ptr(),
         0 if weights_out is None else weights_out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad != _core.FINITE:
+        raise NonFiniteError(bad)
+
+
+def combine_parts(
+    rows: Rows,
+    columns: Sequence[tuple[int, int]],
+    rules: Sequence[tuple[Rule, Tensor | None]],
+    out: Tensor,
+    gramians: Tensor,
+    weights: Tensor,
+) -> None:
+    """As ``config_combine`` or ``rule_combine`` of each part's columns, in one call: two passes over all of them.
+
+    Args:
+        rows: of all columns.
+        columns: of each part, the first, and the last but not with it.
+        rules: of each, its rule, and what that takes besides the Gramian.
+        out: (n,), of which the parts' columns are written.
+        gramians: (P, m, m) float64, contiguous, overwritten with K of each.
+        weights: (P, m) float64, contiguous, overwritten with c of each.
+
+    Raises:
+        NonFiniteError: as there; ``out`` is untouched.
+    """
+    native = {id(rule): native_rule(rule, rows.m) for rule in {id(rule): rule for rule, _ in rules}.values()}
+    bad = _core.combine_parts(
+        _addresses(rows),
+        rows.n,
+        DTYPES[rows.dtype],
+        [
+            (first, last, native[id(rule)], 0 if operand is None else operand.data_ptr())
+            for (first, last), (rule, operand) in zip(columns, rules, strict=True)
+        ],
+        out.data_ptr(),
+        gramians.data_ptr(),
+        weights.data_ptr(),
         torch.get_num_threads(),
     )
     if bad != _core.FINITE:

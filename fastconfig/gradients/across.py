@@ -15,14 +15,11 @@ from torch import Tensor
 from fastconfig.backends import Backend
 from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
-from fastconfig.gradients.combination import weights_of
+from fastconfig.gradients.combination import Run, may_raise, weights_of
 from fastconfig.gradients.layout import Layout, Region
-from fastconfig.gradients.parts import Run
 from fastconfig.gradients.ranks import Ranks
 from fastconfig.methods import (
-    ConFIG,
     GradDrop,
-    GramianMethod,
     Method,
     StreamingMethod,
     check_weights_of,
@@ -142,13 +139,6 @@ def decide(ranks: Ranks, method: Method, gramian: Tensor, weights: Tensor) -> No
             raise NonFiniteError(int(status) - 1)
     gramian.copy_(packed[: m * m].view(m, m))
     weights.copy_(packed[m * m : -1])
-
-
-def may_raise(method: Method) -> bool:
-    """Whether to ask a method may fail: a user's rule, or one that raises on gradients that are not finite."""
-    if isinstance(method, (ConFIG, GramianMethod)):
-        return method.rule.nonfinite == "raise" or (isinstance(method, ConFIG) and callable(method.rule.length))
-    return True
 
 
 class Together:

@@ -17,6 +17,7 @@ from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
 from fastconfig.gradients import landing, step_hook
 from fastconfig.gradients.across import Together
+from fastconfig.gradients.apart import AnyMethod, Apart
 from fastconfig.gradients.batched import checked_chunk, gradients_in_batches
 from fastconfig.gradients.combination import (
     Combination,
@@ -164,6 +165,7 @@ class GradientBuffer:
         self._reminder = Reminder()
         self._is_scaled = self._awaits_step = self._accumulates = self._was_stepped = False  # see before_step
         self._is_in_shares = False
+        self._apart: Apart | None = None
         self.combination: Combination | None = None
         self._build()
         self._states = [_EMPTY] * self._num_losses
@@ -431,8 +433,9 @@ class GradientBuffer:
 
     def combine(
         self,
-        method: Method | StreamingMethod | str | None = None,
+        method: AnyMethod | Mapping[str, AnyMethod] = None,
         *,
+        by: By | None = None,
         scaler: Scaler | None = None,
         stale: Stale = "warn",
         sharded: bool = False,
@@ -445,7 +448,14 @@ class GradientBuffer:
 
         Args:
             method: the rule from the Gramian to the weights, or ``GradDrop``, or the name of one, as ``fastconfig
-                methods`` lists them, made once for the buffer; ``ConFIG()`` by default.
+                methods`` lists them, made once for the buffer; ``ConFIG()`` by default. With ``by``, a dict of them may
+                stand for one, a method for each part. One that remembers (``GradVac``, ``SDMGrad``, ``CRMOGM``) is then
+                given by name, or in a dict.
+            by: the parts of the model, as in ``gramian``: ``"module"``, ``"parameter"`` or a function of a parameter's
+                name. Each part is combined by its own Gramian, so that none conflicts in any part (GradVac's paper,
+                arXiv 2010.05874, section 3.3, does so by layer; torchjd calls it grouping), and the length of each
+                part's update is its own, too. ``combination.parts`` tells K and c of each; of the whole there is the
+                sum of K, and no c: NaN. In one process. None for the model as a whole.
             scaler: the ``torch.amp.GradScaler`` by which the losses were multiplied. The weights are those of the true
                 gradients, as is what ``combination`` tells; ``grad`` stays scaled, so that ``scaler.unscale_``,
                 ``scaler.step`` and ``scaler.update`` go on as always, after this call. A gradient that overflowed is
@@ -462,11 +472,17 @@ class GradientBuffer:
             RuntimeError: inside ``record``; nothing was recorded since the buffer was made or zeroed; a row is stale
                 and stale="error"; a parameter is no longer the one the buffer was made for, or one requires a gradient
                 that did not then (``refresh`` takes it in).
-            ValueError, TypeError, FloatingPointError: as ``fc.combine``; nothing has been written.
+            ValueError, TypeError, FloatingPointError: as ``fc.combine``; nothing has been written. With ``by``, as
+                ``gramian``; a dict that lacks a part or names another; GradDrop, which has no Gramian; several ranks.
         """
-        if self._together is not None and is_dynamo_compiling():  # collective calls stay outside of graphs
+        # Collective calls, and a table of parts, stay outside of graphs.
+        if is_dynamo_compiling() and (self._together is not None or by is not None):
             eager: Callable[..., Combination] = torch.compiler.disable(self.combine)
-            return eager(method, scaler=scaler, stale=stale, sharded=sharded)
+            return eager(method, by=by, scaler=scaler, stale=stale, sharded=sharded)
+        if by is not None:
+            return self._combine_apart(method, by, scaler, stale)
+        if isinstance(method, Mapping):
+            raise TypeError("method is a dict, one a part, and there are no parts; say by=, or give one method")
         try:
             rule = self._checked_for_combining(method, stale)
         except Exception as error:
@@ -496,12 +512,38 @@ class GradientBuffer:
         if scaler is not None:
             self._leave_overflow_to_be_found(gramian, reached)
         self._hang_grad(reached if self._shared is None or not sharded else (False,) * len(reached))
-        self.combination = Combination(gramian, weights, rtol_of(rule), self._losses, absent)
-        self._states = [_USED if state == _NEW else state for state in self._states]
         self._is_in_shares = self._shared is not None and sharded
-        self._is_scaled = scaler is not None
-        self._awaits_step = not self._is_scaled  # a scaler leaves steps out
-        return self.combination
+        return self._combined(Combination(gramian, weights, rtol_of(rule), self._losses, absent), scaler is not None)
+
+    def _combined(self, combination: Combination, is_scaled: bool) -> Combination:
+        """``p.grad`` shows a combination."""
+        self.combination = combination
+        self._states = [_USED if state == _NEW else state for state in self._states]
+        self._is_scaled = is_scaled
+        self._awaits_step = not is_scaled  # a scaler leaves steps out
+        return combination
+
+    def _combine_apart(
+        self, method: AnyMethod | Mapping[str, AnyMethod], by: By, scaler: Scaler | None, stale: Stale
+    ) -> Combination:
+        """Combine part by part."""
+        if self._together is not None:
+            raise ValueError(f"combine(by={by!r}) is of one process, and this buffer is of several ranks; leave it out")
+        apart = self._apart
+        if apart is None or apart.by is not by:
+            apart = self._apart = Apart(self.segments, [s.grad for s in self.segments], self._places, by)
+        methods = apart.methods(method, self._num_losses)
+        self._checked_for_combining(methods[0], stale)
+        self._rows.settle()
+        absent = [i for i, is_absent in enumerate(self._absent) if is_absent]
+        try:
+            info = apart.combine(methods, self._losses, absent, scale_of(scaler, self.segments[0].device))
+        except NonFiniteError as error:
+            raise self._losses.with_name(error) from None
+        if scaler is not None:
+            self._leave_overflow_to_be_found(info.gramian, self._reached())
+        self._hang_grad(self._reached())
+        return self._combined(info, scaler is not None)
 
     def _checked_for_combining(
         self, method: Method | StreamingMethod | str | None, stale: Stale
@@ -671,6 +713,7 @@ class GradientBuffer:
         self._places = None if names is None else {names[id(p)]: places[id(p)] for p in wanted}  # in the order given
         self._reached_of: tuple[list[tuple[bool, ...]], tuple[bool, ...]] | None = None
         self._records: list[tuple[Tensor, Tensor]] = []
+        self._apart = None
         self._shown = Shown(
             [view for segment in self.segments for view in segment.views(segment.grad)], self._rows.parameters
         )

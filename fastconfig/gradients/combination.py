@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import combinations
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from fastconfig.backends import Backend
+from fastconfig.backends import Backend, cpu
 from fastconfig.backends.rows import Rows
 from fastconfig.gradients.losses import Losses
 from fastconfig.methods import (
@@ -25,6 +25,9 @@ from fastconfig.methods import (
 )
 from fastconfig.ops import backend_for, is_traced
 from fastconfig.validation import check_method_weights
+
+Run = tuple[int, int, int]
+"""Columns: of which segment, the first, and the last but not with it."""
 
 
 class Scaler(Protocol):
@@ -138,6 +141,69 @@ def combine_segments(
         _backend_of(rows, out).apply(rows, weights.to(rows.device), out)
 
 
+def combine_parts(
+    segments: Sequence[tuple[Rows, Tensor]],
+    parts: Sequence[Sequence[Run]],
+    methods: Sequence[Method],
+    gramians: Tensor,
+    weights: Tensor,
+    scale: Tensor | None,
+) -> None:
+    """Combine the parts of a model each by its own Gramian.
+
+    Args:
+        segments: as in ``combine_segments``.
+        parts: of each, its runs of columns.
+        methods: of each.
+        gramians: (P, m, m) float64, contiguous, overwritten with K of each, on the device where the methods are to run.
+        weights: (P, m) float64, contiguous, overwritten with c of each, on the same device.
+        scale: as in ``combine_segments``.
+
+    Raises:
+        What a method does, before anything has been written to an output.
+    """
+    if len(segments) == 1 and scale is None and all(len(runs) == 1 for runs in parts):
+        ((rows, out),) = segments
+        different = {id(method): method for method in methods}.values()
+        if _backend_of(rows, out) is cpu and all(map(_is_native, different)):
+            rules = {id(method): cast(ConFIG, method).rule for method in different}
+            columns = [(first, last) for ((_, first, last),) in parts]
+            own = [(rules[id(method)], _operand_of(method, rows)) for method in methods]
+            cpu.combine_parts(rows, columns, own, out, gramians, weights)
+            return
+    cut = [[(segments[s][0].columns(first, last), segments[s][1][first:last]) for s, first, last in p] for p in parts]
+    gramians.zero_()
+    for runs, gramian in zip(cut, gramians.unbind(), strict=True):
+        for rows, out in runs:
+            gramian += _backend_of(rows, out).gramian(rows).to(gramian.device)
+    if scale is not None:
+        gramians /= scale.square()
+    for method, gramian, found in zip(methods, gramians.unbind(), weights.unbind(), strict=True):
+        found.copy_(check_method_weights(weights_of(method, gramian), gramian, method))
+    for runs, found in zip(cut, weights.unbind(), strict=True):
+        for rows, out in runs:
+            _backend_of(rows, out).apply(rows, found.to(rows.device), out)
+
+
+def _is_native(method: Method) -> bool:
+    """Whether the core knows a method whole, and it cannot raise once another has updated what it remembers."""
+    if type(method) is ConFIG or (isinstance(method, GramianMethod) and method.is_fused):
+        return not may_raise(method)
+    return False
+
+
+def _operand_of(method: Method, rows: Rows) -> Tensor | None:
+    """What a native method's rule takes besides the Gramian."""
+    return method.operand(rows.m, rows.device) if isinstance(method, GramianMethod) else None
+
+
+def may_raise(method: Method) -> bool:
+    """Whether to ask a method may fail: a user's rule, or one that raises on gradients that are not finite."""
+    if isinstance(method, (ConFIG, GramianMethod)):
+        return method.rule.nonfinite == "raise" or (isinstance(method, ConFIG) and callable(method.rule.length))
+    return True
+
+
 def _backend_of(rows: Rows, out: Tensor) -> Backend:
     return backend_for(rows.device, None, is_traced(rows.matrix, rows.vectors, out))
 
@@ -152,15 +218,30 @@ class Combination:
 
     Attributes:
         gramian: (m, m) float64, K_ij = g_i · g_j.
-        weights: (m,) float64, the coefficients c of Σ c_i g_i; NaN of a method that has none, as GradDrop.
+        weights: (m,) float64, the coefficients c of Σ c_i g_i; NaN where there are none: of GradDrop, and of a model
+            that was combined part by part.
         rtol: under which share of the largest an eigenvalue of the cosines counts as zero.
         names: the m losses' names; "0", "1" ... where they have none.
         absent: the indices of losses that had no labels in this step. Their rows were zero and took no part: norm and
             weight are 0, here; a monitor shows a gap.
+
+    Args:
+        gramian: as above.
+        weights: as above.
+        rtol: as above.
+        losses: how the losses are called.
+        absent: as above.
+        parts: the names of the model's parts, each combined by its own Gramian, (P, m, m) and (P, m) their K and c.
     """
 
     def __init__(
-        self, gramian: Tensor, weights: Tensor, rtol: float, losses: Losses | None = None, absent: Sequence[int] = ()
+        self,
+        gramian: Tensor,
+        weights: Tensor,
+        rtol: float,
+        losses: Losses | None = None,
+        absent: Sequence[int] = (),
+        parts: tuple[Sequence[str], Tensor, Tensor] | None = None,
     ) -> None:
         self.gramian = gramian
         self.weights = weights
@@ -168,6 +249,21 @@ class Combination:
         self._losses = Losses(len(weights)) if losses is None else losses
         self.names = self._losses.names
         self.absent = tuple(absent)
+        self._parts = parts
+
+    @cached_property
+    def parts(self) -> dict[str, Combination]:
+        """What each part of the model was combined by, by its name, of ``combine(by=...)``; else empty.
+
+        The whole then has the sum of the parts' Gramians, and NaN for weights, as there are none for all of it.
+        """
+        if self._parts is None:
+            return {}
+        names, gramians, weights = self._parts
+        return {
+            name: Combination(gramian, found, self.rtol, self._losses, self.absent)
+            for name, gramian, found in zip(names, gramians.unbind(), weights.unbind(), strict=True)
+        }
 
     @cached_property
     def _directed(self) -> Tensor:

@@ -6,15 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from fastconfig.backends.rows import Rows
+from fastconfig.gradients.combination import Run
 from fastconfig.gradients.landing import Segment
 from fastconfig.gradients.parameters import columns_of
 
 By = Literal["module", "parameter"] | Callable[[str], str]
 """What makes the parts of a model: the module that owns a parameter, the parameter, or a function of its name."""
-
-
-Run = tuple[int, int, int]
-"""Columns: of which segment, the first, and the last but not with it."""
 
 
 def rows_of_parts(segments: Sequence[Segment], places: Mapping[str, int] | None, by: By) -> dict[str, list[Rows]]:
@@ -44,7 +41,7 @@ def runs_of_parts(segments: Sequence[Segment], places: Mapping[str, int] | None,
     part_of = _part_of(by)
     if places is None:
         raise ValueError(
-            f"gramian(by={by!r}) needs the parameters' names, and this buffer was made without; make it by "
+            f"by={by!r} needs the parameters' names, and this buffer was made without; make it by "
             "GradientBuffer(model, ...) or GradientBuffer(model.named_parameters(), ...)"
         )
     parts = {place: _checked_part(part_of(name), name) for name, place in places.items()}

@@ -3,7 +3,7 @@
 from fastconfig.methods.aligned_mtl import AlignedMTL
 from fastconfig.methods.base import GramianMethod, Method, Stateful, StreamingMethod, check_weights_of, is_streaming
 from fastconfig.methods.cagrad import CAGrad
-from fastconfig.methods.catalogue import method_for_one_call, method_of
+from fastconfig.methods.catalogue import method_for_one_call, method_of, remembers
 from fastconfig.methods.config import ConFIG
 from fastconfig.methods.constant import Constant, Mean, Sum
 from fastconfig.methods.crmogm import CRMOGM
@@ -51,6 +51,7 @@ __all__ = [
     "is_streaming",
     "method_for_one_call",
     "method_of",
+    "remembers",
 ]
 
 DEFAULT_METHOD = ConFIG()

@@ -93,6 +93,11 @@ def entry_of(name: str) -> Entry:
     return entry
 
 
+def remembers(method: object) -> bool:
+    """Whether a method of the catalogue depends on the combinations before."""
+    return isinstance(method, tuple(entry.kind for entry in CATALOGUE.values() if entry.remembers))
+
+
 def method_of(name: str, num_losses: int) -> Method | StreamingMethod:
     """A new method of this name for so many losses, with its defaults.
 

@@ -94,6 +94,12 @@ void test_failing_allocations(const Engine& engine, DType dtype, Random& random)
     engine.combine(grads.rows(), rule, nullptr, wanted.row(0), gramian.data(), weights.data());
     CHECK(out.same_bits(wanted), "another answer after failures");
     std::memcpy(out.row(0), before.row(0), 300 * size_of(dtype));
+    const std::vector<Part> parts = {{{0, 100}, &rule, nullptr}, {{100, 200}, &rule, nullptr}};
+    std::vector<double> gramians(162), both(18);
+    with_every_allocation_failing(
+        [&] { engine.combine_parts(grads.rows(), parts, out.row(0), gramians.data(), both.data()); },
+        [&] { CHECK(out.same_bits(before), "a combination of parts that failed has written"); });
+    std::memcpy(out.row(0), before.row(0), 300 * size_of(dtype));
     with_every_allocation_failing([&] { engine.apply(grads.rows(), weights.data(), out.row(0)); },
                                   [&] { CHECK(out.same_bits(before), "an application that failed has written"); });
     gramian.assign(81, -7.0);
