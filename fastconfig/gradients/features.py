@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.compiler import is_dynamo_compiling
 
 from fastconfig.backends.rows import Rows
 from fastconfig.backends.rules import NonFiniteError
@@ -112,6 +113,17 @@ def backward(
         >>> info.weights.shape, trunk.weight.grad.shape
         (torch.Size([3]), torch.Size([8, 4]))
     """
+    if is_dynamo_compiling():  # it runs autograd, which stays outside of graphs
+        eager: Callable[..., Combination] = torch.compiler.disable(backward)
+        return eager(
+            losses,
+            features=features,
+            method=method,
+            scaler=scaler,
+            retain_graph=retain_graph,
+            bypass=bypass,
+            sync=sync,
+        )
     boundary = Boundary(features)
     called, given = _in_order(losses)
     ranks = _ranks_of(sync)
@@ -142,7 +154,9 @@ def backward(
         raise called.with_name(error) from None
     for _, out in parts if scaler is not None else ():
         out[:1] += overflow_of(gramian).to(out.device)
-    boundary.go_on({i: out for i, (_, out) in segments.items()}, retain_graph)
+    outputs = {i: out for i, (_, out) in segments.items()}
+    del segments, parts  # and with them the rows, before the trunk's pass needs memory
+    boundary.go_on(outputs, retain_graph)
     return Combination(gramian, weights, rtol_of(rule), called, absent)
 
 
@@ -150,6 +164,10 @@ def _in_order(losses: Sequence[Loss] | Mapping[str, Loss]) -> tuple[Losses, Sequ
     """The losses by row, and how they are called."""
     if isinstance(losses, Tensor) or not isinstance(losses, (Mapping, Sequence)):
         raise TypeError(f"losses must be a sequence or a dict of losses, got {type(losses).__name__}")
+    if not losses:
+        raise ValueError("losses must hold at least one loss, got none")
+    if unnamed := [key for key in losses if not isinstance(key, str)] if isinstance(losses, Mapping) else []:
+        raise TypeError(f"losses must be a dict by name, got the key {unnamed[0]!r}; give a list, or names")
     called = Losses(list(losses) if isinstance(losses, Mapping) else len(losses))
     return called, called.in_order(losses)
 
@@ -477,5 +495,6 @@ def _nothing(grads: tuple[Any, ...]) -> tuple[None, ...]:
 
 _NOT_REACHED = (
     "features are reached by no loss, so there is nothing to combine there; compute the heads from the very tensors "
-    "that are given, undetached"
+    "that are given, undetached, and by torch.compile trunk and heads apart: what is compiled together is one node, "
+    "with nothing between features and losses"
 )
