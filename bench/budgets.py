@@ -164,15 +164,15 @@ STREAMS: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
-def operations_a_column(counts: Counter, name: str, m: int, kind: str = "float64") -> float:
-    """Multiply-adds and other operations in "float64" or "float32" that one more column of float32 costs."""
-    totals = []
+def operations_a_column(counts: Counter, name: str, m: int) -> dict[str, float]:
+    """Multiply-adds and other operations in "float64" and "float32" that one more column of float32 costs."""
+    found = []
     for n in (1 << 16, 1 << 17):
         counts.found.clear()
         STREAMS[name](torch.zeros(m, n))
-        (found,) = counts.found
-        totals.append(found[kind])
-    return round((totals[1] - totals[0]) / (1 << 16), 2)
+        found += counts.found
+    fewer, more = found
+    return {kind: round((more[kind] - fewer[kind]) / (1 << 16), 2) for kind in ("float32", "float64")}
 
 
 def in_two_floats(counts: Counter, m: int) -> dict[str, float]:
@@ -180,7 +180,7 @@ def in_two_floats(counts: Counter, m: int) -> dict[str, float]:
     seen = backend.device_of
     backend.device_of = lambda device: counts.device._replace(has_quick_float64=False)
     try:
-        return {kind: operations_a_column(counts, "gramian", m, kind) for kind in ("float32", "float64")}
+        return operations_a_column(counts, "gramian", m)
     finally:
         backend.device_of = seen
 
@@ -188,7 +188,7 @@ def in_two_floats(counts: Counter, m: int) -> dict[str, float]:
 def main() -> None:
     counts = counter()
     solves = {name: {str(m): cost_of_solve(counts, name, m) for m in LOSSES} for name in SOLVES}
-    columns = {name: {str(m): operations_a_column(counts, name, m) for m in LOSSES} for name in STREAMS}
+    columns = {name: {str(m): operations_a_column(counts, name, m)["float64"] for m in LOSSES} for name in STREAMS}
     few_units = {str(m): in_two_floats(counts, m) for m in LOSSES}
     content = {
         "triton": triton.__version__,

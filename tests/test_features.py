@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastconfig as fc
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # PyTorch 2.4's checkpoints
+
 SAMPLES, INPUTS, WIDTH = 6, 4, 5
 
 
