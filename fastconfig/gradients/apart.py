@@ -25,13 +25,19 @@ class Apart:
         outputs: of each segment, where the combined gradient goes, (n_segment,).
         places: as in ``runs_of_parts``.
         by: likewise.
+        kept: methods made by name, as they may remember; added to.
 
     Raises:
         TypeError, ValueError: as ``runs_of_parts``.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], outputs: Sequence[Tensor], places: Mapping[str, int] | None, by: By
+        self,
+        segments: Sequence[Segment],
+        outputs: Sequence[Tensor],
+        places: Mapping[str, int] | None,
+        by: By,
+        kept: dict[str, Method | StreamingMethod],
     ) -> None:
         self.by = by
         runs = runs_of_parts(segments, places, by)
@@ -39,7 +45,7 @@ class Apart:
         self._runs = list(runs.values())
         self._home = segments[0].device
         self._segments = [(segment.description, out) for segment, out in zip(segments, outputs, strict=True)]
-        self._named: dict[tuple[str, str], Method] = {}
+        self._kept = kept
 
     def methods(self, method: AnyMethod | Mapping[str, AnyMethod], num_losses: int) -> list[Method]:
         """The method of each part, checked.
@@ -85,7 +91,7 @@ class Apart:
         """One given by name is made once for the part, as it may remember."""
         if not isinstance(method, str):
             return check_weights_of(checked_method(method, num_losses))
-        key = part, method.lower()
-        if key not in self._named:
-            self._named[key] = check_weights_of(method_of(method, num_losses))
-        return self._named[key]
+        key = f"{method.lower()} of {part}"
+        if key not in self._kept:
+            self._kept[key] = method_of(method, num_losses)
+        return check_weights_of(self._kept[key])

@@ -531,7 +531,8 @@ class GradientBuffer:
             raise ValueError(f"combine(by={by!r}) is of one process, and this buffer is of several ranks; leave it out")
         apart = self._apart
         if apart is None or apart.by is not by:
-            apart = self._apart = Apart(self.segments, [s.grad for s in self.segments], self._places, by)
+            outputs = [segment.grad for segment in self.segments]
+            apart = self._apart = Apart(self.segments, outputs, self._places, by, self._methods)
         methods = apart.methods(method, self._num_losses)
         self._checked_for_combining(methods[0], stale)
         self._rows.settle()
